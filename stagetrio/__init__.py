@@ -1,0 +1,1 @@
+"""Structured concurrency for Trio servers that keep their pace."""
