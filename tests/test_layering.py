@@ -1,0 +1,203 @@
+"""The floors of the design, proven from the imports of every module.
+
+``FLOORS`` is the table of ``docs/design.md``; one test keeps the two the same, the others hold the package to it. A
+room is a module or a subpackage of ``stagetrio``; a subpackage is one room, and its modules may import each other
+as long as no cycle comes of it.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "stagetrio"
+
+BESIDE = "beside"  # may import any floor; no floor imports it
+
+FLOORS: dict[str, int | str] = {
+    "fair_order": 0,
+    "limiter": 0,
+    "snapshot": 0,
+    "pacer": 0,
+    "framing": 0,
+    "router": 0,
+    "fair_queue": 1,
+    "watchdog": 1,
+    "sockets": 1,
+    "nursery_pool": 1,
+    "codec": 1,
+    "hub": 1,
+    "outbox": 1,
+    "ticket": 2,
+    "workers": 2,
+    "stage": 3,
+    "remote": 4,
+    "server": 4,
+    "cluster": 5,
+    "prefork": 5,
+    "redis": 5,
+    "app": 6,
+    "demo": 6,
+    "cli": 7,
+    "__main__": 8,
+    "testing": BESIDE,
+    "dashboard": BESIDE,
+    "notebook": BESIDE,
+}
+
+PURE = {"fair_order", "framing", "router"}  # decisions only: they perform no I/O and know no event loop
+IO = {"trio", "trio_util", "asyncio", "anyio", "socket", "select", "selectors", "threading", "subprocess"}
+ONLY_IN = {"rich": {"cli", "demo"}, "coredis": {"redis"}, "IPython": {"notebook"}, "matplotlib": {"notebook", "demo"}}
+
+
+def imported_names(source: str, module: str, *, is_package: bool = False) -> Iterator[str]:
+    """Every absolute dotted name that ``source`` imports, wherever in it: functions and TYPE_CHECKING too.
+
+    ``from a import b`` yields ``a.b``, since ``b`` may be a module; the caller knows which modules there are.
+    """
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*above, *filter(None, [node.module])])
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in {"import_module", "__import__"} and node.args and isinstance(node.args[0], ast.Constant):
+                yield str(node.args[0].value)
+
+
+def modules() -> dict[str, Path]:
+    """{dotted name: file} of every module in the package, the package's own ``__init__`` left out."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name != "stagetrio":
+            found[name] = path
+    return found
+
+
+MODULES = modules()
+
+
+def room(dotted: str) -> str:
+    """The row of the table that ``stagetrio.x.y`` belongs to."""
+    return dotted.split(".")[1]
+
+
+def imports_of(path: Path, module: str) -> Iterator[str]:
+    return imported_names(path.read_text(), module, is_package=path.name == "__init__.py")
+
+
+def modules_imported(module: str) -> set[str]:
+    """The modules of this package that ``module`` imports, ``stagetrio`` standing for a name from its top."""
+    found = set()
+    for name in imports_of(MODULES[module], module):
+        if name.split(".")[0] == "stagetrio":
+            parts = name.split(".")
+            prefixes = (".".join(parts[:end]) for end in range(len(parts), 1, -1))
+            found.add(next((prefix for prefix in prefixes if prefix in MODULES), "stagetrio"))
+    return found
+
+
+def design_table() -> dict[str, int | str]:
+    """The floor of each room as the table of ``docs/design.md`` has it."""
+    floors: dict[str, int | str] = {}
+    for floor, names in re.findall(r"^\| (\d+|beside) \| (`[^|]+`) \|", (ROOT / "docs/design.md").read_text(), re.M):
+        for name in re.findall(r"`(\w+)(?:\.py|/)`", names):
+            assert name not in floors, f"{name} stands twice in the table"
+            floors[name] = floor if floor == BESIDE else int(floor)
+    return floors
+
+
+def test_an_import_is_found_wherever_it_hides() -> None:
+    """Imports in functions, under TYPE_CHECKING, relative ones and literal import_module calls are all seen."""
+    source = """
+import a.b
+if TYPE_CHECKING:
+    from .near import thing
+def f():
+    from ..far import other
+    import_module("c.d")
+    importlib.import_module("e")
+"""
+    assert set(imported_names(source, "top.sub.mod")) == {"a.b", "top.sub.near.thing", "top.far.other", "c.d", "e"}
+    assert set(imported_names("from . import x", "top.sub", is_package=True)) == {"top.sub.x"}
+
+
+def test_the_table_of_the_design_is_the_table_here() -> None:
+    """``docs/design.md`` lists the same rooms on the same floors."""
+    assert design_table() == FLOORS
+
+
+def test_every_module_has_a_floor() -> None:
+    """A new module is entered in the table in the commit that brings it."""
+    homeless = {room(module) for module in MODULES} - set(FLOORS)
+    assert not homeless, f"enter these in FLOORS and in docs/design.md: {sorted(homeless)}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_lower_floors(module: str) -> None:
+    """Imports point strictly downwards; nobody goes through the package's top, and nobody imports what is beside."""
+    own = FLOORS[room(module)]
+    for imported in modules_imported(module):
+        assert imported != "stagetrio", f"{module} imports from the top of the package; name the module instead"
+        if room(imported) == room(module):
+            continue
+        floor = FLOORS[room(imported)]
+        if own == BESIDE:
+            continue
+        assert floor != BESIDE, f"{module} imports {imported}, which is beside the floors"
+        assert isinstance(floor, int)
+        assert isinstance(own, int)
+        assert floor < own, f"{module} (floor {own}) imports {imported} (floor {floor})"
+
+
+def test_modules_within_a_subpackage_do_not_import_in_circles() -> None:
+    """A subpackage is one room, but not one knot."""
+    graph = {
+        module: {other for other in modules_imported(module) if other in MODULES and other != module}
+        for module in MODULES
+    }
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
+
+
+def test_the_dashboard_imports_no_primitive() -> None:
+    """It renders the statistics of what it is handed, whatever that is."""
+    for module in MODULES:
+        if room(module) == "dashboard":
+            assert {room(other) for other in modules_imported(module)} <= {"dashboard"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module) in PURE])
+def test_a_pure_room_performs_no_io(module: str) -> None:
+    """Decisions can be tested, simulated and reused without an event loop."""
+    assert not {name.split(".")[0] for name in imports_of(MODULES[module], module)} & IO
+
+
+@pytest.mark.parametrize("dependency", ONLY_IN)
+def test_a_heavy_dependency_is_known_to_few(dependency: str) -> None:
+    """Who imports one primitive does not pay for a terminal, a plot or an engine."""
+    users = {
+        room(module)
+        for module, path in MODULES.items()
+        if any(name.split(".")[0] == dependency for name in imports_of(path, module))
+    }
+    assert users <= ONLY_IN[dependency]
+
+
+def test_the_top_of_the_package_exports_floors_0_to_4_only() -> None:
+    """``import stagetrio`` brings the primitives, not the app, the engine or the command line."""
+    names = set(imports_of(PACKAGE / "__init__.py", "stagetrio"))
+    rooms = {name.split(".")[1] for name in names if name.split(".")[0] == "stagetrio"}
+    floors = [FLOORS[name] for name in rooms]
+    assert all(isinstance(floor, int) and floor <= 4 for floor in floors), rooms
