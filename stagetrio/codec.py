@@ -12,7 +12,7 @@ body  map             ``{field: value}``
 
 Theory of operation. msgspec encodes and decodes attrs classes itself, several times faster than structuring a tree of
 dicts, but it leaves out what attrs can do beyond plain fields: converters, private names, aliases and ``init=False``
-fields. So each class is looked at once, at construction (`_is_plain`, which follows the types of its fields): plain ones
+fields. So each class is looked at once (`_is_plain`, which follows the types of its fields): plain ones
 take the fast path, the others go through a cattrs converter. Both give the same bytes for a class that either could
 take, so a peer cannot tell.
 """
