@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
-from pathlib import Path
-
-with (Path(__file__).parent.parent / "pyproject.toml").open("rb") as _file:
-    _project = tomllib.load(_file)["project"]
+import stagetrio
 
 project = "stagetrio"
 author = copyright = "the stagetrio contributors"
-release = version = _project["version"]
+release = version = stagetrio.__version__
 
 extensions = [
     "sphinx.ext.autodoc",
