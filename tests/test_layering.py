@@ -102,12 +102,13 @@ def imports_of(path: Path, module: str) -> Iterator[str]:
 
 def modules_imported(module: str) -> set[str]:
     """The modules of this package that ``module`` imports, ``stagetrio`` standing for a name from its top."""
+    known = {*MODULES, *(f"stagetrio.{name}" for name in FLOORS)}
     found = set()
     for name in imports_of(MODULES[module], module):
         if name.split(".")[0] == "stagetrio":
             parts = name.split(".")
             prefixes = (".".join(parts[:end]) for end in range(len(parts), 1, -1))
-            found.add(next((prefix for prefix in prefixes if prefix in MODULES), "stagetrio"))
+            found.add(next((prefix for prefix in prefixes if prefix in known), "stagetrio"))
     return found
 
 
