@@ -22,7 +22,9 @@ BESIDE = "beside"  # may import any floor; no floor imports it
 
 FLOORS: dict[str, int | str] = {
     "fair_order": 0,
+    "line": 0,
     "limiter": 0,
+    "borrow": 0,
     "snapshot": 0,
     "pacer": 0,
     "framing": 0,
@@ -35,6 +37,7 @@ FLOORS: dict[str, int | str] = {
     "sockets": 1,
     "nursery_pool": 1,
     "codec": 1,
+    "remote_output": 1,
     "remote_wire": 1,
     "hub": 1,
     "outbox": 1,
