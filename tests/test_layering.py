@@ -47,6 +47,7 @@ FLOORS: dict[str, int | str] = {
     "transport": 2,
     "stage": 3,
     "peer": 3,
+    "remote_calling": 3,
     "remote_serving": 3,
     "accept": 3,
     "remote": 4,
