@@ -19,6 +19,7 @@ take, so a peer cannot tell.
 
 from __future__ import annotations
 
+import inspect
 import typing
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
@@ -26,6 +27,7 @@ from typing import Any, Generic, TypeVar
 import attrs
 import cattrs
 import msgspec
+import msgspec.inspect
 
 from stagetrio.framing import ProtocolError
 
@@ -44,6 +46,11 @@ class Refused:
 
     reason: str
     retry_after: float = 0.0
+
+
+@attrs.frozen
+class Done:
+    """The reply to a message whose handler came to its end and had nothing to say."""
 
 
 @attrs.frozen
@@ -71,7 +78,7 @@ class Closed:
 class Codec(Generic[M]):
     """The messages that two sides have agreed on.
 
-    `Refused`, `Failed` and `Closed` are always among them.
+    `Done`, `Refused`, `Failed` and `Closed` are always among them.
 
     Args:
         types: The attrs classes, each known on the wire by its ``__name__``.
@@ -92,7 +99,7 @@ class Codec(Generic[M]):
         self._decoders: dict[str, Callable[[msgspec.Raw], Any]] = {}
         self._names: dict[type, str] = {}
         self._unstructure: set[type] = set()
-        for cls in (*types, Refused, Failed, Closed):
+        for cls in (*types, Done, Refused, Failed, Closed):
             self._add(cls)
 
     def _add(self, cls: type) -> None:
@@ -118,7 +125,7 @@ class Codec(Generic[M]):
         """The classes this codec knows, in the order in which they were given."""
         return tuple(self._names)
 
-    def encode(self, message: M | Refused | Failed | Closed, id: int | None = None) -> bytes:
+    def encode(self, message: M | Done | Refused | Failed | Closed, id: int | None = None) -> bytes:
         """Return the payload of a message.
 
         Args:
@@ -153,10 +160,70 @@ class Codec(Generic[M]):
             return decode(body), id
         except _UNREADABLE as error:
             raise ProtocolError(f"not a {name}: {error}") from None
-        except (ValueError, TypeError, ExceptionGroup) as error:
-            # From the class's own validators and converters, or from cattrs, which groups what it found.
-            reasons = cattrs.transform_error(error) if isinstance(error, ExceptionGroup) else [str(error)]
-            raise ProtocolError(f"not a {name}: {'; '.join(reasons)}") from error
+        except UNFIT as error:
+            raise ProtocolError(f"not a {name}: {why_unfit(error)}") from error
+
+
+UNFIT = (*_UNREADABLE, ValueError, TypeError, ExceptionGroup)
+"""What decoding and structuring raise for a value that is not of its type: msgspec, cattrs (which groups what it
+found), and the validators and converters of the class itself."""
+
+
+def why_unfit(error: Exception) -> str:
+    """Say in words for the peer why a value was not of its type, given one of `UNFIT`."""
+    return "; ".join(cattrs.transform_error(error)) if isinstance(error, ExceptionGroup) else str(error)
+
+
+@attrs.frozen
+class WireType:
+    """How the values of one annotation cross the wire, where they are not messages of a `Codec`.
+
+    Args:
+        wire: The type to hand to a msgspec decoder: the annotation itself, or ``Any`` for one that cattrs reads.
+        structure: Makes the value out of what that decoder gave; None: it is the value already.
+        unstructure: Makes of a value what a msgspec encoder takes; None: it takes the value itself.
+    """
+
+    wire: Any
+    structure: Callable[[Any], Any] | None = None
+    unstructure: Callable[[Any], Any] | None = None
+
+
+_SCALARS = frozenset({bool, int, float, str, bytes, type(None)})
+
+
+def wire_type(annotation: Any, converter: cattrs.Converter | None = None) -> WireType:
+    """Say how the values of an annotation cross the wire: by msgspec alone where that is right, else through cattrs.
+
+    Args:
+        annotation: A resolved type; ``Any`` and ``object`` stand for whatever MessagePack has.
+        converter: As for `Codec`.
+
+    Raises:
+        TypeError: Neither msgspec nor the converter knows what to do with it.
+    """
+    converter = cattrs.Converter() if converter is None else converter
+    if annotation in (Any, object, inspect.Parameter.empty):
+        any_value = converter.unstructure
+        return WireType(Any, None, lambda value: value if type(value) in _SCALARS else any_value(value))
+    if _is_known(annotation) and _is_plain(annotation, set()):
+        return WireType(annotation)
+    try:
+        structure = converter.get_structure_hook(annotation)
+        unstructure = converter.get_unstructure_hook(annotation)
+    except (TypeError, cattrs.StructureHandlerNotFoundError) as error:
+        raise TypeError(f"{annotation!r} cannot cross the wire: {error}") from None
+    return WireType(Any, lambda value: structure(value, annotation), unstructure)
+
+
+def _is_known(annotation: Any) -> bool:
+    """Whether msgspec has a meaning of its own for the type and for what it is made of."""
+    try:
+        known = not isinstance(msgspec.inspect.type_info(annotation), msgspec.inspect.CustomType)
+    except TypeError:  # such as a union of two classes
+        return False
+    inner = [a for a in typing.get_args(annotation) if isinstance(a, type) or typing.get_args(a)]
+    return known and all(_is_known(argument) for argument in inner)
 
 
 def _is_plain(annotation: Any, seen: set[Any]) -> bool:

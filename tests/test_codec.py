@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagetrio.codec import Closed, Codec, Failed, Refused
+from stagetrio.codec import Closed, Codec, Done, Failed, Refused
 from stagetrio.framing import ProtocolError
 
 
@@ -85,7 +85,7 @@ def test_messages_beyond_msgspec_round_trip(message: object) -> None:
     assert CODEC.decode(CODEC.encode(message))[0] == message
 
 
-@pytest.mark.parametrize("message", [Refused("queue", 0.5), Failed("no"), Closed("idle")])
+@pytest.mark.parametrize("message", [Done(), Refused("queue", 0.5), Failed("no"), Closed("idle")])
 def test_every_codec_knows_the_servers_own_messages(message: object) -> None:
     """A refusal, a failure and a farewell need not be declared."""
     codec: Codec[object] = Codec([])

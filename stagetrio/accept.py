@@ -1,0 +1,122 @@
+"""Connections taken from listeners, as fast as they come and as the system allows.
+
+Of a plain listening socket, all connections that wait are accepted in one pass of the loop; of any other listener, one
+per checkpoint. What goes wrong with a single connection is counted and skipped; when the process or the machine has
+run out of descriptors or memory, accepting pauses, as only the end of other connections can help.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import trio
+
+from stagetrio.hub import Hub
+from stagetrio.nursery_pool import NurseryPool
+from stagetrio.sockets import ACCEPT_PAUSE, ACCEPT_SKIP, Address, SocketListener, address_of, set_connection_options
+from stagetrio.transport import HubTransport, StreamTransport, Transport
+
+BATCH = 64  # connections accepted in one pass
+PAUSE = 0.1  # seconds to wait for descriptors or memory
+
+Welcome = Callable[[Transport, Address | None], None]
+
+
+class Acceptor:
+    """Accepts connections and hands each to its owner as a transport.
+
+    Args:
+        hub: What watches plain sockets; None: every connection gets tasks of its own.
+        welcome: Called with each new transport and the address of the other side, None if it has none.
+    """
+
+    def __init__(self, hub: Hub | None, welcome: Welcome) -> None:
+        self._hub = hub
+        self._welcome = welcome
+        self._scope = trio.CancelScope()
+        #: Times accepting failed, for one connection or for all.
+        self.errors = 0
+
+    def close(self) -> None:
+        """Accept no more; the listeners are closed by `run`."""
+        self._scope.cancel()
+
+    async def run(self, listeners: Sequence[trio.abc.Listener[Any]], pool: NurseryPool) -> None:
+        """Accept until `close`, then close the listeners.
+
+        Args:
+            listeners: Where connections come from.
+            pool: Where the tasks of connections run which need tasks.
+
+        Checkpoints: throughout.
+        """
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    for listener in listeners:
+                        nursery.start_soon(self._accept, listener, pool)
+        finally:
+            with trio.CancelScope(shield=True):  # closing listeners does not wait
+                for listener in listeners:
+                    await listener.aclose()
+
+    async def _accept(self, listener: trio.abc.Listener[Any], pool: NurseryPool) -> None:
+        if self._hub is not None and isinstance(listener, SocketListener) and _is_plain(listener.socket):
+            await self._accept_sockets(listener, self._hub)
+        else:
+            await self._accept_streams(listener, pool)
+
+    async def _accept_sockets(self, listener: SocketListener, hub: Hub) -> None:
+        # Trio's socket accepts one connection per checkpoint; its double accepts all that wait.
+        with socket.socket(fileno=os.dup(listener.socket.fileno())) as double:
+            double.setblocking(False)
+            while True:
+                await trio.lowlevel.wait_readable(listener.socket)
+                for _ in range(BATCH):
+                    try:
+                        sock, _name = double.accept()
+                    except BlockingIOError:
+                        break
+                    except OSError as error:
+                        await self._failed(error)
+                        break
+                    self._welcome_socket(sock, hub)
+
+    def _welcome_socket(self, sock: socket.socket, hub: Hub) -> None:
+        try:
+            sock.setblocking(False)
+            set_connection_options(sock)
+            address = address_of(sock, remote=True)
+        except OSError:  # gone already
+            self.errors += 1
+            sock.close()
+            return
+        self._welcome(HubTransport(sock, hub), address)
+
+    async def _accept_streams(self, listener: trio.abc.Listener[Any], pool: NurseryPool) -> None:
+        while True:
+            try:
+                stream = await listener.accept()
+            except OSError as error:
+                await self._failed(error)
+                continue
+            transport = StreamTransport(stream)
+            pool.start_soon(transport.run)
+            address = address_of(stream.socket, remote=True) if isinstance(stream, trio.SocketStream) else None
+            self._welcome(transport, address)
+
+    async def _failed(self, error: OSError) -> None:
+        self.errors += 1
+        if error.errno in ACCEPT_PAUSE:
+            await trio.sleep(PAUSE)
+        elif error.errno not in ACCEPT_SKIP:
+            raise error
+
+
+def _is_plain(sock: trio.socket.SocketType) -> bool:
+    """Whether a socket is the operating system's, not one of a virtual network."""
+    with socket.socket() as real:
+        return type(sock) is type(trio.socket.from_stdlib_socket(real))

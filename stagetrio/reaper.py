@@ -1,0 +1,62 @@
+"""One task that watches over everything that must not last too long.
+
+Theory of operation. A timer per connection, moved at every message, would cost more than the message. Instead a check
+is due at a time when the rule *could* first be broken, and looks then: either the rule is broken, or it says when it
+could be broken next. Activity itself touches no timer. So a connection has at most one entry per rule, and each entry
+is looked at about once per period of its rule, however busy the connection is.
+
+Checks are made in ticks of `TICK` seconds, which is how late one can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from heapq import heappop, heappush
+from itertools import count
+from math import inf
+
+import trio
+
+TICK = 0.25  # seconds
+
+
+class Reaper:
+    """Calls checks when they are due.
+
+    Cost: O(log n) per check, nothing in between; no task and no cancel scope per check.
+    """
+
+    def __init__(self) -> None:
+        # [(time, serial, check)], a heap; a check returns the time of its next look, or inf
+        self._due: list[tuple[float, int, Callable[[float], float]]] = []
+        self._serial = count()
+        self._wake = trio.Event()
+
+    def at(self, when: float, check: Callable[[float], float]) -> None:
+        """Have a check called with the current time, at ``when`` or up to a tick later, and when it says next.
+
+        Args:
+            when: On trio's clock; inf: never.
+            check: Synchronous, must not raise; returns the time of its next look, or inf when it is done.
+        """
+        if when != inf:
+            heappush(self._due, (when, next(self._serial), check))
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Call checks until cancelled; run it in a nursery of the owner's.
+
+        Checkpoints: in every tick.
+        """
+        while True:
+            if not self._due:
+                self._wake = trio.Event()
+                await self._wake.wait()
+            await trio.sleep(TICK)
+            now = trio.current_time()
+            while self._due and self._due[0][0] <= now:
+                self._call(now)
+
+    def _call(self, now: float) -> None:
+        check = heappop(self._due)[2]
+        self.at(check(now), check)

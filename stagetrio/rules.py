@@ -1,0 +1,65 @@
+"""The rules that every connection must keep, and the reasons for which one ends."""
+
+from __future__ import annotations
+
+import enum
+from math import inf
+
+import attrs
+
+
+class CloseReason(enum.Enum):
+    """Why a connection ended."""
+
+    ENDED = "ended"  #: the other side closed, after everything it sent was served
+    RESET = "reset"  #: the connection was lost
+    PROTOCOL = "protocol"  #: the other side broke the rules of the wire
+    SILENT = "silent"  #: no frame came within ``first_frame_within``
+    IDLE = "idle"  #: no frame came within ``idle_within``
+    SLOW_FRAME = "slow frame"  #: a frame took longer than ``frame_within``, and came slower than ``min_receive_rate``
+    SLOW_READER = "slow reader"  #: output was pending, and was read slower than ``min_send_rate``
+    CLOSED = "closed"  #: `Peer.close` was called
+    FAILED = "failed"  #: the handler failed, and the wire has no words to say so
+    FULL = "full"  #: the server has as many connections as it may
+    DRAINED = "drained"  #: the server shuts down
+
+
+def _positive(instance: object, attribute: attrs.Attribute[float], value: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{attribute.name} must be a number, not {value!r}")
+    if not value > 0:
+        raise ValueError(f"{attribute.name} must be positive, not {value!r}")
+
+
+def _not_negative(instance: object, attribute: attrs.Attribute[float], value: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{attribute.name} must be a number, not {value!r}")
+    if not value >= 0:
+        raise ValueError(f"{attribute.name} must not be negative, not {value!r}")
+
+
+@attrs.frozen(kw_only=True)
+class PeerLimits:
+    """The rules for every peer of a server; ``math.inf`` (or a rate of 0) switches one off.
+
+    Args:
+        max_decoded: Messages queued or in hand, of one peer.
+        max_outbox_bytes: Output not yet taken by the kernel, of one peer.
+        first_frame_within: Seconds from the connection to its first complete frame.
+        idle_within: Seconds without a complete frame.
+        frame_within: Seconds from the first byte of a frame to its last, for a peer slower than ``min_receive_rate``.
+        min_receive_rate: Bytes per second at which a long frame may take longer than ``frame_within``.
+        send_grace: Seconds over which the other side's reading is measured while output is pending.
+        min_send_rate: Bytes per second the other side must read while output is pending.
+        linger: Seconds from the end of a connection until it is closed without ceremony.
+    """
+
+    max_decoded: int = attrs.field(default=64, validator=_positive)
+    max_outbox_bytes: float = attrs.field(default=262144, validator=_positive)
+    first_frame_within: float = attrs.field(default=30.0, validator=_positive)
+    idle_within: float = attrs.field(default=inf, validator=_positive)
+    frame_within: float = attrs.field(default=10.0, validator=_positive)
+    min_receive_rate: float = attrs.field(default=240.0, validator=_not_negative)
+    send_grace: float = attrs.field(default=5.0, validator=_positive)
+    min_send_rate: float = attrs.field(default=240.0, validator=_not_negative)
+    linger: float = attrs.field(default=5.0, validator=_positive)

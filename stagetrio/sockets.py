@@ -1,0 +1,252 @@
+"""Addresses, and the sockets behind them.
+
+An address is a string a person can type into a shell: ``tcp://127.0.0.1:8800``, ``tcp://[::1]:8800``,
+``unix:///run/game.sock`` (a path relative to the working directory has no third slash: ``unix://game.sock``).
+`parse_address` turns it into a value, `open_listeners` into listening sockets, `connect` into a stream.
+
+What is set on every TCP connection, and why:
+
+================ ======== =================================================================================
+option           value    reason
+================ ======== =================================================================================
+TCP_NODELAY      on       output is batched by the outbox already; Nagle's delay would only be added to it
+SO_KEEPALIVE     on       with 60 s idle, 10 s apart, 3 probes: a vanished peer is noticed within 90 s
+TCP_USER_TIMEOUT 90 s     the same bound while output waits to be acknowledged, when no probes are sent
+SO_REUSEADDR     on       (listeners) a restarted server can bind while old connections linger; not on Windows
+IPV6_V6ONLY      on       (IPv6 listeners) one listener per family, as trio does
+================ ======== =================================================================================
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import sys
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+import attrs
+import trio
+
+KEEPALIVE_IDLE = 60  # seconds
+KEEPALIVE_INTERVAL = 10  # seconds
+KEEPALIVE_PROBES = 3
+BACKLOG = 1024  # connections waiting to be accepted, per listener
+
+
+@attrs.frozen
+class TcpAddress:
+    """A TCP endpoint.
+
+    Args:
+        host: A name or a numeric IPv4 or IPv6 address, without brackets; ``""`` listens on every interface.
+        port: 0 to 65535; 0 lets the system choose when listening.
+    """
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
+
+
+@attrs.frozen
+class UnixAddress:
+    """A Unix-domain stream socket.
+
+    Args:
+        path: Of the socket in the file system.
+    """
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix://{self.path}"
+
+
+Address = TcpAddress | UnixAddress
+
+
+def parse_address(address: str) -> Address:
+    """Read an address as people write it.
+
+    Raises:
+        ValueError: The scheme is unknown, or the rest does not fit it; the message says what would.
+    """
+    if not isinstance(address, str):
+        raise TypeError(f"address must be a str, not {address!r}")
+    scheme, separator, rest = address.partition("://")
+    if not separator:
+        raise ValueError(f"address must start with tcp:// or unix://, not {address!r}")
+    if scheme == "unix":
+        if not rest or "\0" in rest:
+            raise ValueError(f"address must be unix:///path/of.sock, not {address!r}")
+        return UnixAddress(rest)
+    if scheme != "tcp":
+        raise ValueError(f"address has an unknown scheme {scheme!r} (tcp and unix are known): {address!r}")
+    try:
+        parts = urlsplit(address)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"address must be tcp://host:port, not {address!r}: {error}") from None
+    if port is None or parts.path or parts.query or parts.fragment or parts.username is not None:
+        raise ValueError(f"address must be tcp://host:port, not {address!r}")
+    return TcpAddress(parts.hostname or "", port)
+
+
+def address_of(sock: socket.socket | trio.socket.SocketType, *, remote: bool = False) -> Address:
+    """Return the address a socket is bound to, or, with ``remote``, whom it is connected to."""
+    name = sock.getpeername() if remote else sock.getsockname()
+    if isinstance(name, tuple):
+        return TcpAddress(name[0], name[1])
+    return UnixAddress(os.fsdecode(name))
+
+
+class UnixListener(trio.abc.Listener[trio.SocketStream]):
+    """Listens on a path and takes the socket file away with it."""
+
+    def __init__(self, sock: trio.socket.SocketType, path: str) -> None:
+        self._listener = trio.SocketListener(sock)
+        self._path = path
+        self._inode = os.stat(path).st_ino
+
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """The listening socket, as of `trio.SocketListener`."""
+        return self._listener.socket
+
+    async def accept(self) -> trio.SocketStream:
+        """Accept a connection, as `trio.SocketListener.accept` does.
+
+        Checkpoints: always; cancelled, no connection was taken.
+        """
+        return await self._listener.accept()
+
+    async def aclose(self) -> None:
+        """Close the socket and remove its file, unless another server has put its own there since.
+
+        Checkpoints: once.
+        """
+        with suppress(FileNotFoundError):
+            if os.stat(self._path).st_ino == self._inode:
+                os.unlink(self._path)
+        await self._listener.aclose()
+
+
+SocketListener = trio.SocketListener | UnixListener
+
+
+async def open_listeners(*addresses: str | Address, backlog: int = BACKLOG) -> list[SocketListener]:
+    """Open listening sockets: one per Unix address, one per numeric address that a TCP host stands for.
+
+    All or none: when one cannot be opened, those opened before it are closed.
+
+    Args:
+        addresses: Where to listen, as text or parsed.
+        backlog: Connections the kernel holds for each listener until they are accepted; ≥ 1.
+
+    Raises:
+        ValueError: An address makes no sense.
+        OSError: The address is in use or not ours, or the path may not be written; the address is in the message.
+
+    Checkpoints: at least once; a cancellation leaves nothing open.
+    """
+    if not addresses:
+        raise ValueError("addresses must name at least one place to listen, not ()")
+    if backlog < 1:
+        raise ValueError(f"backlog must be at least 1, not {backlog!r}")
+    parsed = [parse_address(a) if isinstance(a, str) else a for a in addresses]
+    listeners: list[SocketListener] = []
+    try:
+        for address in parsed:
+            try:
+                if isinstance(address, UnixAddress):
+                    listeners.append(await _listen_unix(address.path, backlog))
+                else:
+                    host = address.host or None
+                    listeners += await trio.open_tcp_listeners(address.port, host=host, backlog=backlog)
+            except OSError as error:
+                raise _with_address(error, address) from error
+    except BaseException:
+        for listener in listeners:
+            with trio.CancelScope(shield=True):
+                await listener.aclose()
+        raise
+    return listeners
+
+
+def _with_address(error: OSError, address: Address) -> OSError:
+    return type(error)(error.errno, f"cannot listen on {address}: {error.strerror or error}")
+
+
+async def _listen_unix(path: str, backlog: int) -> UnixListener:
+    await trio.lowlevel.checkpoint()
+    await _remove_stale(path)
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        await sock.bind(path)
+        sock.listen(backlog)
+        return UnixListener(sock, path)
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def _remove_stale(path: str) -> None:
+    """Remove the socket file of a server that is gone; one that answers, or another kind of file, is left to `bind`.
+
+    Two servers that start at once can both find the file stale; the inode check in `UnixListener.aclose` keeps the
+    loser from removing the winner's.
+    """
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except OSError:
+        return
+    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            await probe.connect(path)
+        except ConnectionRefusedError:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        except OSError:
+            return
+
+
+async def connect(address: str | Address) -> trio.SocketStream:
+    """Open a connection.
+
+    Raises:
+        ValueError: The address makes no sense.
+        OSError: Nobody listens there, or the name does not resolve.
+
+    Checkpoints: at least once; a cancellation leaves nothing open.
+    """
+    parsed = parse_address(address) if isinstance(address, str) else address
+    if isinstance(parsed, UnixAddress):
+        return await trio.open_unix_socket(parsed.path)
+    stream = await trio.open_tcp_stream(parsed.host or "localhost", parsed.port)
+    set_connection_options(stream.socket)
+    return stream
+
+
+def set_connection_options(sock: socket.socket | trio.socket.SocketType) -> None:
+    """Set on a TCP connection what the table at the top of this module says; on others do nothing."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+        vanished_after = KEEPALIVE_IDLE + KEEPALIVE_INTERVAL * KEEPALIVE_PROBES
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, vanished_after * 1000)
+
+
+# `accept` fails with these for one connection only: it was gone before it was accepted.
+ACCEPT_SKIP = frozenset({errno.ECONNABORTED, errno.EPERM, errno.EPROTO, errno.ENETDOWN, errno.EHOSTUNREACH})
+# And with these when this process or the machine has run out of something: waiting is the only cure.
+ACCEPT_PAUSE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
