@@ -1,0 +1,200 @@
+"""What a holder holds: a ticket, with or without a lease.
+
+Theory of operation. A ticket with a lease has a cancel scope around its block, whose deadline is the end of the
+lease. So nothing has to watch the clock: Trio cancels the work, the block unwinds, and only then does its exit hand
+the ticket on; a holder that shields itself keeps its place counted until it leaves. A plain cancel scope swallows
+the cancellation at its end, and the code after the block would go on as if the work had been done. Leaving the block
+therefore raises `LeaseLost` in every case in which the lease was over before the end of the block, except where
+something else is on its way out already: a cancellation from outside, or an exception of the block's own, which says
+more than that the ticket was late. A ticket without lease or revocation has no scope, which is half its cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from types import TracebackType
+
+import trio
+
+from stagetrio.broadcast import Broadcasts, Messages
+
+
+class LeaseLost(Exception):
+    """The ticket was taken away before its block ended, and what the block did may be half done.
+
+    Args:
+        reason: ``"lease expired"``, or what `TicketStage.revoke` was told.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+EXPIRED = "lease expired"
+
+
+class Ticket:
+    """Leave to be one of the few; a context manager whose end gives it back. Made by a `TicketStage` only.
+
+    ``fence`` is greater than that of every ticket the stage granted before: a store that remembers the greatest it has
+    seen can refuse a holder that lost its ticket and has not noticed.
+    """
+
+    __slots__ = (
+        "_broadcasts",
+        "_deadline",
+        "_give_back",
+        "_joined",
+        "_left",
+        "_lost",
+        "_messages",
+        "_scope",
+        "cost",
+        "fence",
+        "flow",
+        "key",
+        "leased",
+    )
+
+    def __init__(
+        self,
+        give_back: Callable[[Ticket, bool], None],
+        broadcasts: Broadcasts,
+        flow: Hashable,
+        cost: int,
+        key: Hashable,
+        leased: bool,
+    ) -> None:
+        self._give_back = give_back
+        self._broadcasts = broadcasts
+        self._joined = broadcasts.sent
+        self._left: int | None = None  # broadcasts sent when it was given back
+        self._messages: Messages | None = None
+        self._scope: trio.CancelScope | None = None
+        self.fence = 0
+        self.flow = flow
+        self.cost = cost
+        self.key = key
+        self.leased = leased
+        if leased:
+            self._deadline = math.inf
+            self._lost: str | None = None
+
+    @property
+    def deadline(self) -> float:
+        """When the lease ends (or ended), on Trio's clock; ``math.inf`` without a lease."""
+        return self._deadline if self.leased else math.inf
+
+    @property
+    def lost(self) -> str | None:
+        """Why the ticket was taken away, or None while it is not: what cleanup code in the block can read."""
+        if not self.leased:
+            return None
+        if self._lost is None and self._left is None and trio.current_time() >= self._deadline:
+            self._lost = EXPIRED
+        return self._lost
+
+    @property
+    def held(self) -> bool:
+        """Whether the ticket still counts: until its block is left or it is released, also past its lease."""
+        return self._left is None
+
+    @property
+    def messages(self) -> Messages:
+        """The broadcasts since the ticket was asked for, see `TicketStage.broadcast`."""
+        if self._messages is None:
+            self._messages = Messages(self._broadcasts, self._joined)
+            if self._left is not None:
+                self._messages._finish(self._left)
+        return self._messages
+
+    def extend(self, seconds: float) -> None:
+        """Let the lease end `seconds` from now, whenever it would have ended.
+
+        A ticket without a lease lasts anyway, and is left as it is.
+
+        Args:
+            seconds: ≥ 0.
+
+        Raises:
+            LeaseLost: It is over already, so the work cannot go on.
+        """
+        if not seconds >= 0:
+            raise ValueError(f"seconds must be >= 0, not {seconds!r}")
+        if self._left is None and self.leased and self._deadline < math.inf:
+            if self.lost is not None:
+                raise LeaseLost(self.lost)
+            self._deadline = trio.current_time() + seconds
+            if self._scope is not None:
+                self._scope.deadline = self._deadline
+
+    @trio.lowlevel.enable_ki_protection
+    def release(self) -> None:
+        """Give the ticket back before the end of the block, which then goes on without it and without its lease.
+
+        Once is enough; again is no error, so a holder that is not sure may. A ticket that was lost is given back too,
+        and leaving the block still says so.
+        """
+        if self._left is None:
+            lost = self.lost
+            if lost is None and self._scope is not None:
+                self._scope.deadline = math.inf
+            self._let_go(lost is None)
+
+    def _lose(self, reason: str) -> None:
+        """Cancel the work in the block; the first reason stays."""
+        if self._left is None and self.lost is None:
+            self._lost = reason
+            self._deadline = trio.current_time()
+            if self._scope is not None:
+                self._scope.cancel(reason=reason)
+
+    def _let_go(self, well: bool) -> None:
+        self._left = self._broadcasts.sent
+        if self._messages is not None:
+            self._messages._finish(self._left)
+        self._give_back(self, well)
+
+    @trio.lowlevel.enable_ki_protection
+    def __enter__(self) -> Ticket:
+        if self.leased:
+            if self._scope is not None:
+                raise RuntimeError("a ticket's block can be entered once")
+            self._scope = trio.CancelScope(deadline=self._deadline)
+            self._scope.__enter__()
+            if self._lost is not None:
+                self._scope.cancel(reason=self._lost)
+        return self
+
+    @trio.lowlevel.enable_ki_protection
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        if not self.leased:
+            if self._left is None:
+                self._let_go(exc is None)
+            return False
+        return self._exit_scope(exc_type, exc, traceback)
+
+    def _exit_scope(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        scope = self._scope
+        assert scope is not None
+        lost = self.lost
+        try:
+            swallowed = scope.__exit__(exc_type, exc, traceback)
+        finally:
+            if self._left is None:
+                self._let_go(exc is None and lost is None)
+        if lost is not None and (exc is None or swallowed):
+            raise LeaseLost(lost) from None
+        return swallowed
