@@ -46,6 +46,7 @@ FLOORS: dict[str, int | str] = {
     "ticket": 2,
     "workers": 2,
     "procedures": 2,
+    "remote_hello": 2,
     "transport": 2,
     "stage": 3,
     "peer": 3,
