@@ -48,6 +48,7 @@ FLOORS: dict[str, int | str] = {
     "procedures": 2,
     "remote_hello": 2,
     "transport": 2,
+    "client": 2,
     "stage": 3,
     "peer": 3,
     "remote_calling": 3,
