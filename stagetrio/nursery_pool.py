@@ -253,8 +253,6 @@ class NurseryPool:
             # the nursery's wrapping says nothing where there is one error in it
             only = len(group.exceptions) == 1
             self._on_error(group.exceptions[0] if only else group, task.key)
-        finally:
-            task.nursery = None
 
     def _forget(self, task: _Task) -> None:
         del self._tasks[task]

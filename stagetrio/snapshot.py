@@ -142,12 +142,11 @@ class Snapshot(Generic[T]):
             raise ValueError(f"version must be one this snapshot has had, 0 to {self._view.version}, not {version!r}")
         await trio.lowlevel.checkpoint()
         token = trio.lowlevel.current_trio_token()
-        while self._view.version <= version:
-            if (lot := self._enter(token, version)) is not None:
-                try:
-                    await lot.park()
-                finally:
-                    self._leave(token, lot)
+        while (lot := self._enter(token, version)) is not None:
+            try:
+                await lot.park()
+            finally:
+                self._leave(token, lot)
         return self._view
 
     def statistics(self) -> SnapshotStatistics:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Hashable
 from functools import partial
 from typing import cast
@@ -178,7 +180,9 @@ async def test_nursery_of_is_the_oldest_running_task_of_the_key() -> None:
         async def short() -> None:
             pool.nursery_of("k").start_soon(gate.task, "child")
 
-        await pool.spawn(short, key="k")
+        pool.spawn_nowait(short, key="k")
+        with pytest.raises(KeyError):
+            pool.nursery_of("k")  # it has not begun
         await wait_all_tasks_blocked()
         assert pool.statistics().running == 1
         gate.open.set()
@@ -362,6 +366,30 @@ async def test_an_interrupted_drain_may_be_called_again(autojump_clock: trio.tes
         assert pool.statistics().running == 1
         assert await pool.drain(1) == 1
         assert trio.current_time() == 2
+
+
+async def test_drain_is_a_checkpoint_when_there_is_nothing_to_drain() -> None:
+    """An empty pool drains at once, but not without a checkpoint."""
+    async with open_nursery_pool(1) as pool:
+        with trio.testing.assert_checkpoints():
+            assert await pool.drain(math.inf) == 0
+
+
+async def test_a_key_is_forgotten_with_its_last_task() -> None:
+    """A pool that has seen a million peers holds on to none of them."""
+
+    class Peer:
+        pass
+
+    peer = Peer()
+    forgotten = weakref.ref(peer)
+    async with open_nursery_pool(2) as pool:
+        await pool.spawn(trio.lowlevel.checkpoint, key=peer)
+        await pool.spawn(trio.lowlevel.checkpoint, key=peer)
+        await wait_all_tasks_blocked()
+        del peer
+        gc.collect()
+        assert forgotten() is None
 
 
 async def test_a_pool_whose_block_was_left_is_closed() -> None:

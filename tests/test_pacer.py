@@ -111,6 +111,39 @@ async def test_ticks_missed_by_a_late_loop_are_left_out_and_counted(
     assert pacer.statistics().missed == 3
 
 
+async def test_a_round_longer_than_a_tick_is_late_and_not_idle(nursery: trio.Nursery, mock_clock: MockClock) -> None:
+    """Output that came during a long round goes out at once, and the grid stays where it was."""
+    pacer = Pacer(1)
+    times: list[float] = []
+
+    def flush() -> None:
+        times.append(trio.current_time())
+        if len(times) == 1:
+            mock_clock.jump(1.5)
+        pacer.touch(flush)
+
+    nursery.start_soon(pacer.run)
+    pacer.touch(flush)
+    await wait_all_tasks_blocked()
+    assert times == [0.0, 1.5]
+    mock_clock.jump(0.5)
+    await wait_all_tasks_blocked()
+    assert times == [0.0, 1.5, 2.0]
+
+
+async def test_ticks_are_counted_from_the_flush_that_ended_idleness(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """Two flushes are never less than a tick apart, whenever the first of them came."""
+    pacer, output = Pacer(1), Output()
+    nursery.start_soon(pacer.run)
+    for at in (0.0, 5.25, 5.5):
+        await trio.sleep_until(at)
+        pacer.touch(output.flush)
+    await trio.sleep(5)
+    assert output.times == [0.0, 5.25, 6.25]
+
+
 async def test_a_flush_that_touches_itself_waits_for_the_next_tick(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
@@ -226,6 +259,37 @@ async def test_flush_all_writes_now_and_once(autojump_clock: MockClock, nursery:
     pacer.flush_all()
     await trio.sleep(5)
     assert output.times == [0.0, 0.25]
+
+
+async def test_flush_all_within_a_round_takes_over_the_rest_of_it(nursery: trio.Nursery) -> None:
+    """A flush that flushes everything has everything flushed when it returns, and nothing twice."""
+    pacer, log = Pacer(1), list[str]()
+
+    def all_now() -> None:
+        pacer.flush_all()
+        log.append("all")
+
+    for flush in (partial(log.append, "a"), all_now, partial(log.append, "b")):
+        pacer.touch(flush)
+    nursery.start_soon(pacer.run)
+    await wait_all_tasks_blocked()
+    assert log == ["a", "b", "all"]
+
+
+async def test_a_run_after_a_failed_one_flushes_the_rest(nursery: trio.Nursery) -> None:
+    """The owner may mend what failed and go on."""
+    pacer, behind = Pacer(1), Output()
+
+    def fails() -> None:
+        raise OSError
+
+    pacer.touch(fails)
+    pacer.touch(behind.flush)
+    with pytest.raises(OSError):
+        await pacer.run()
+    nursery.start_soon(pacer.run)
+    await wait_all_tasks_blocked()
+    assert len(behind.times) == 1
 
 
 async def test_a_cancelled_run_leaves_what_is_touched_and_may_be_started_again(autojump_clock: MockClock) -> None:

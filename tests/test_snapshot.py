@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 import threading
 from functools import partial
@@ -210,8 +211,46 @@ def test_tasks_of_two_runs_wait_for_the_same_snapshot() -> None:
     assert snapshot.value == 400
 
 
+async def test_a_waiter_that_gives_up_takes_no_other_with_it() -> None:
+    """Cancelling one of two waiters leaves the other where a change finds it."""
+    snapshot = Snapshot(0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(snapshot.wait_changed, 0)
+        await wait_all_tasks_blocked()
+        async with trio.open_nursery() as gives_up:
+            gives_up.start_soon(snapshot.wait_changed, 0)
+            await wait_all_tasks_blocked()
+            assert snapshot.statistics().waiting == 2
+            gives_up.cancel_scope.cancel()
+        snapshot.update(lambda value: 1)
+        await wait_all_tasks_blocked()
+        assert not nursery.child_tasks
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_wake_up_meant_for_an_earlier_change_returns_nothing_old() -> None:
+    """A thread's change wakes whoever waits by then; who waits for the change after it goes on waiting."""
+    snapshot = Snapshot(0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(snapshot.wait_changed, 0)
+        await wait_all_tasks_blocked()
+        thread = threading.Thread(target=snapshot.update, args=(lambda value: 1,))
+        thread.start()
+        thread.join()  # its wake-up is on its way, and the next waiter gets in before
+        nursery.start_soon(snapshot.wait_changed, 1)
+        await wait_all_tasks_blocked()
+        assert snapshot.statistics().waiting == 1
+        nursery.cancel_scope.cancel()
+
+
 def test_a_run_that_ended_is_forgotten() -> None:
-    """A run that ends while a task of it waits leaves nothing to wake: later changes do not raise."""
+    """A run whose tasks waited leaves nothing behind: not its token, and nothing that later changes could wake."""
+
+    def tokens() -> int:
+        gc.collect()
+        return sum(isinstance(thing, trio.lowlevel.TrioToken) for thing in gc.get_objects())
+
+    before = tokens()
     snapshot = Snapshot(0)
 
     async def wait_and_give_up() -> None:
@@ -221,5 +260,6 @@ def test_a_run_that_ended_is_forgotten() -> None:
             nursery.cancel_scope.cancel()
 
     trio.run(wait_and_give_up)
+    assert tokens() == before
     assert snapshot.statistics().waiting == 0
     assert snapshot.update(lambda value: 1).version == 1
