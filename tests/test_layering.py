@@ -33,6 +33,8 @@ FLOORS: dict[str, int | str] = {
     "rules": 0,
     "broadcast": 0,
     "pace": 0,
+    "preempt": 0,
+    "turns": 0,
     "fair_queue": 1,
     "lease": 1,
     "watchdog": 1,
@@ -69,7 +71,7 @@ FLOORS: dict[str, int | str] = {
     "notebook": BESIDE,
 }
 
-PURE = {"fair_order", "framing", "router"}  # decisions only: they perform no I/O and know no event loop
+PURE = {"fair_order", "framing", "router", "turns"}  # decisions only: they perform no I/O and know no event loop
 IO = {"trio", "trio_util", "asyncio", "anyio", "socket", "select", "selectors", "threading", "subprocess"}
 ONLY_IN = {"rich": {"cli", "demo"}, "coredis": {"redis"}, "IPython": {"notebook"}, "matplotlib": {"notebook", "demo"}}
 
@@ -121,7 +123,7 @@ def modules_imported(module: str) -> set[str]:
     known = {*MODULES, *(f"stagetrio.{name}" for name in FLOORS)}
     found = set()
     for name in imports_of(MODULES[module], module):
-        if name.split(".")[0] == "stagetrio":
+        if name.split(".")[0] == "stagetrio" and name != "stagetrio.__version__":
             parts = name.split(".")
             prefixes = (".".join(parts[:end]) for end in range(len(parts), 1, -1))
             found.add(next((prefix for prefix in prefixes if prefix in known), "stagetrio"))
