@@ -1,0 +1,323 @@
+"""The side of a remote connection that calls.
+
+Theory of operation. A call takes a place among ``max_in_flight``, writes one frame, and parks its task under the id of
+that (``_pending``). One task reads (`CallingConnection.run`), and wakes the parked tasks by the ids of the answers.
+
+Who leaves early (its scope was cancelled) says so with a `Cancel` and leaves its place *abandoned*: the worker answers
+every request exactly once, so the place is free again when the late answer has come, and that answer finds nobody to
+go to. Ids rise and are never used twice, so an answer can never reach another caller.
+
+Frames of one scheduler pass leave in one write. A call that is alone is written at once, since there is nothing to wait
+for (as in Nagle's algorithm, it only pays to collect with something in flight): alone means that no other place is
+taken and that the last read brought no more than one answer, or 64 callers in step would each time send the first of
+them ahead of the rest.
+
+Invariant: ``_places`` = requests in ``_pending`` + tasks that have been given a place and have not written yet; a place
+that falls free goes straight to the longest waiting caller, so nobody overtakes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import attrs
+import outcome
+import trio
+from msgspec import Raw
+
+from stagetrio import remote_wire as wire
+from stagetrio.framing import LengthPrefixed, ProtocolError
+from stagetrio.limiter import Overloaded
+from stagetrio.remote_output import Output
+from stagetrio.remote_values import Values
+from stagetrio.remote_wire import RemoteError, WorkerLost
+
+RECEIVE_BYTES = 65536
+GOODBYE_SECONDS = 1.0  # how long a connection that is closed in good order may take to hand over what it has to say
+_CALL, _POST, _OPEN = 1, 2, 3
+
+_ABANDONED: Final = "abandoned"  # stands for a caller that has left
+_POSTED: Final = "posted"  # stands for a caller that never waited
+
+
+@attrs.define
+class CallingTally:
+    """The numbers behind the statistics of a calling side, counted by its connections."""
+
+    sent: int = 0
+    late: int = 0
+    posts_failed: int = 0
+    connections: int = 0
+
+
+class CallingConnection:
+    """One connection to a worker, from its welcome to its end.
+
+    Args:
+        stream: The connection; `run` closes it.
+        welcome: What the worker said.
+        tally: Where to count.
+        max_frame_bytes: The longest answer.
+        max_buffered_bytes: Requests collected for a worker that does not fetch them; callers wait beyond it.
+    """
+
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        welcome: wire.Welcome,
+        tally: CallingTally,
+        *,
+        max_frame_bytes: int,
+        max_buffered_bytes: int,
+    ) -> None:
+        self._stream, self._tally = stream, tally
+        self._scope = trio.CancelScope()
+        self._decoder = LengthPrefixed(max_frame_bytes).decoder()
+        self._frame = LengthPrefixed(welcome.max_frame_bytes).encode
+        self._output = Output(stream, max_buffered_bytes, self._scope.cancel)
+        self._pending: dict[int, trio.lowlevel.Task | Values | str] = {}
+        self._waiting = trio.lowlevel.ParkingLot()
+        self._places = 0
+        self._last_id = 0
+        self._answers = 0  # in the last read
+        self._closing = False
+        self.max_in_flight = welcome.max_in_flight
+        self.lost: str | None = None  # why this connection is over
+
+    @property
+    def in_flight(self) -> int:
+        """Requests whose answer is outstanding."""
+        return len(self._pending)
+
+    @property
+    def waiting(self) -> int:
+        """Callers that wait for a place."""
+        return len(self._waiting)
+
+    # Callers
+
+    async def call(self, name: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Raw:
+        """Run a procedure over there and return what it returned, still encoded.
+
+        Raises:
+            RemoteError: It raised, or could not begin.
+            Overloaded: The worker refused.
+            WorkerLost: The connection ended first.
+            TypeError: An argument cannot be encoded.
+            ValueError: The arguments do not fit into a frame.
+
+        Checkpoints: always. A cancellation while it waits for its place means it did not happen; after that it may.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._places >= self.max_in_flight or self._output.full or self.lost is not None:
+            await self._wait_for_place()
+        else:
+            self._places += 1
+        id = self._say(_CALL, name, None, arguments, keywords, trio.lowlevel.current_task())
+        try:
+            answer = await trio.lowlevel.wait_task_rescheduled(_abort)
+        except BaseException:  # cancelled, interrupted, or lost: then nothing is outstanding any more
+            self.abandon(id)
+            raise
+        if type(answer) is not wire.Result:
+            raise _error_of(answer)
+        return answer.value
+
+    async def post(self, name: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+        """Have a procedure run over there, and wait for nothing but a place for it.
+
+        Raises:
+            WorkerLost: The connection has ended before.
+            TypeError: An argument cannot be encoded.
+            ValueError: The arguments do not fit into a frame.
+
+        Checkpoints: always. A cancellation means it did not happen.
+        """
+        await trio.lowlevel.checkpoint()
+        await self._wait_for_place()
+        self._say(_POST, name, None, arguments, keywords, _POSTED)
+
+    async def open(self, name: str, arguments: Sequence[Any], keywords: Mapping[str, Any], window: int) -> Values:
+        """Have a procedure run over there that yields; the caller owes it to `abandon` what it opened.
+
+        Raises, Checkpoints: as for `post`.
+        """
+        await trio.lowlevel.checkpoint()
+        await self._wait_for_place()
+        values = Values(window, self._grant)
+        values.id = self._say(_OPEN, name, window, arguments, keywords, values)
+        return values
+
+    async def _wait_for_place(self) -> None:
+        """Take a place as soon as there is one, and room for what will be said."""
+        self._check_alive()
+        if self._places >= self.max_in_flight:
+            await self._waiting.park()
+            self._check_alive()
+        else:
+            self._places += 1
+        try:
+            await self._output.room()
+            self._check_alive()
+        except BaseException:
+            self._free_place()
+            raise
+
+    def _check_alive(self) -> None:
+        if self.lost is not None:
+            raise trio.ClosedResourceError(self.lost) if self._closing else WorkerLost(self.lost, may_have_run=False)
+
+    def _free_place(self) -> None:
+        if self._waiting:
+            self._waiting.unpark()
+        else:
+            self._places -= 1
+
+    def _say(
+        self,
+        kind: int,
+        name: str,
+        credit: int | None,
+        arguments: Sequence[Any],
+        keywords: Mapping[str, Any],
+        waiter: trio.lowlevel.Task | Values | str,
+    ) -> int:
+        """Write a request into the place that the caller holds; return its id."""
+        deadline = trio.current_effective_deadline()
+        remaining = None if deadline == math.inf else max(0.0, deadline - trio.current_time())
+        self._last_id = id = self._last_id + 1
+        body = (arguments, keywords) if keywords else (arguments,)
+        try:
+            if credit is None:
+                frame = self._frame(wire.encode((kind, id, name, remaining, *body)))
+            else:
+                frame = self._frame(wire.encode((kind, id, name, remaining, credit, *body)))
+        except BaseException:
+            self._free_place()
+            raise
+        self._pending[id] = waiter
+        self._tally.sent += 1
+        self._output.add(frame)
+        if self._places == 1 and self._answers <= 1:
+            self._output.flush()
+        else:
+            self._output.flush_soon()
+        return id
+
+    def abandon(self, id: int) -> None:
+        """Wait no longer for the answer to a request; whatever runs for it over there is cancelled."""
+        if id in self._pending:
+            self._pending[id] = _ABANDONED
+            self._output.add(self._frame(wire.encode((5, id))))
+            self._output.flush_soon()
+
+    def _grant(self, id: int, values: int) -> None:
+        if id in self._pending:
+            self._output.add(self._frame(wire.encode((4, id, values))))
+            self._output.flush_soon()
+
+    # The connection
+
+    async def run(self) -> None:
+        """Read until the connection ends, and tell whoever waits.
+
+        Checkpoints: yes; a cancellation ends the connection.
+        """
+        reason = "the connection broke"
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._output.run)
+                    reason = await self._read()
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._lose(reason)
+            await trio.aclose_forcefully(self._stream)
+
+    async def close(self) -> None:
+        """Hand over what has been said, and end the connection.
+
+        Checkpoints: yes; a cancellation only hurries it.
+        """
+        self._closing = True
+        with trio.move_on_after(GOODBYE_SECONDS):
+            await self._output.drained()
+        self._lose("this side has closed the connection")
+        self._scope.cancel()
+
+    async def _read(self) -> str:
+        """Deal out answers until the end; return why it ended."""
+        while True:
+            try:
+                data = await self._stream.receive_some(RECEIVE_BYTES)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return "the connection broke"
+            if not data:
+                return "the other side closed the connection"
+            try:
+                frames = self._decoder.receive_data(bytes(data))
+                self._answers = len(frames)
+                for frame in frames:
+                    self._take(wire.read_from_worker(frame))
+            except ProtocolError as error:
+                return f"the other side broke the rules: {error.reason}"
+            except _Farewell as farewell:
+                return f"the other side ended the connection: {farewell}"
+
+    def _take(self, message: Any) -> None:
+        kind = type(message)
+        if kind is wire.Bye:
+            raise _Farewell(message.reason)
+        if kind is wire.Welcome:
+            raise ProtocolError("welcome was said before")
+        if kind is wire.Item:
+            waiter = self._pending.get(message.id)
+            if isinstance(waiter, Values):
+                waiter.add(message.value)
+                return
+            if waiter is not _ABANDONED:
+                raise ProtocolError(f"a value for id {message.id}, which is not a stream")
+            self._tally.late += 1
+            return
+        waiter = self._pending.pop(message.id, None)
+        if waiter is None:
+            raise ProtocolError(f"an answer to id {message.id}, which is not outstanding")
+        self._free_place()
+        if isinstance(waiter, trio.lowlevel.Task):
+            trio.lowlevel.reschedule(waiter, outcome.Value(message))
+        elif isinstance(waiter, Values):
+            waiter.end(None if kind is wire.Result else _error_of(message))
+        elif waiter is _POSTED:
+            self._tally.posts_failed += kind is not wire.Result
+        else:
+            self._tally.late += 1
+
+    def _lose(self, reason: str) -> None:
+        if self.lost is not None:
+            return
+        self.lost = reason
+        self._output.lift_bound()
+        pending, self._pending = self._pending, {}
+        for waiter in pending.values():
+            error = trio.ClosedResourceError(reason) if self._closing else WorkerLost(reason, may_have_run=True)
+            if isinstance(waiter, Values):
+                waiter.end(error)
+            elif not isinstance(waiter, str):
+                trio.lowlevel.reschedule(waiter, outcome.Error(error))
+        self._waiting.unpark_all()
+
+
+class _Farewell(Exception):
+    """The worker said why it ends the connection."""
+
+
+def _abort(_: object) -> trio.lowlevel.Abort:
+    return trio.lowlevel.Abort.SUCCEEDED
+
+
+def _error_of(answer: Any) -> Exception:
+    if isinstance(answer, wire.Refusal):
+        return Overloaded(answer.reason, answer.retry_after)
+    return RemoteError(answer.type_name, answer.message, answer.traceback)

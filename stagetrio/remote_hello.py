@@ -1,0 +1,118 @@
+"""The first words on a remote connection: who may call, and what both sides can take.
+
+The caller says `Hello` and waits; the worker says `Welcome`, or `Bye` with a reason. Until then the worker takes no
+frame longer than ``HELLO_BYTES`` and nothing after it, compares the token in constant time before it looks at anything
+else, and gives up after ``HELLO_SECONDS``; so a stranger costs it a task and four kilobytes for ten seconds.
+
+The token crosses as it is: over a network it needs TLS to stay a secret.
+"""
+
+from __future__ import annotations
+
+import hmac
+
+import trio
+
+from stagetrio import remote_wire as wire
+from stagetrio.framing import LengthPrefixed, ProtocolError
+from stagetrio.remote_wire import WorkerLost
+
+HELLO_SECONDS = 10.0
+_hellos = LengthPrefixed(wire.HELLO_BYTES)
+
+
+class Unwelcome(Exception):
+    """Somebody connected who may not call, or makes no sense; the message is meant for them."""
+
+
+async def receive_hello(stream: trio.abc.Stream, token: str | None) -> wire.Hello:
+    """Let a caller introduce itself.
+
+    Args:
+        stream: Fresh from being accepted.
+        token: What it has to know; None: nothing.
+
+    Raises:
+        Unwelcome: It has the wrong token, speaks another version, or makes no sense.
+
+    Checkpoints: yes; gives up after ``HELLO_SECONDS``.
+    """
+    with trio.move_on_after(HELLO_SECONDS):
+        try:
+            hello = wire.read_from_caller(await _one_frame(stream))
+        except (ProtocolError, UnicodeDecodeError) as error:
+            raise Unwelcome(str(error)) from None
+        if not isinstance(hello, wire.Hello):
+            raise Unwelcome("hello comes first")
+        if token is not None and not hmac.compare_digest(_bytes_of(hello.token or ""), _bytes_of(token)):
+            raise Unwelcome("wrong token")
+        if hello.version != wire.VERSION:
+            raise Unwelcome(f"version {wire.VERSION} is spoken here, not {hello.version}")
+        return hello
+    raise Unwelcome(f"no hello within {HELLO_SECONDS:g} s")
+
+
+def _bytes_of(token: str) -> bytes:
+    return token.encode(errors="surrogatepass")
+
+
+async def say_welcome(stream: trio.abc.Stream, max_in_flight: int, max_frame_bytes: int) -> None:
+    """Let the caller begin.
+
+    Raises:
+        trio.BrokenResourceError: It has left.
+
+    Checkpoints: yes.
+    """
+    await stream.send_all(_hellos.encode(wire.encode((0, wire.VERSION, max_in_flight, max_frame_bytes))))
+
+
+async def say_bye(stream: trio.abc.Stream, reason: str) -> None:
+    """Tell a caller why it is not welcome, if it listens.
+
+    Checkpoints: yes; gives up after a second.
+    """
+    with trio.move_on_after(1):
+        try:
+            await stream.send_all(_hellos.encode(wire.encode((5, reason[:500]))))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return
+
+
+async def introduce(stream: trio.abc.Stream, token: str | None, max_frame_bytes: int) -> wire.Welcome:
+    """Introduce this side to a worker.
+
+    Raises:
+        WorkerLost: It is not there, does not answer, or does not want this caller; with its reason.
+
+    Checkpoints: yes; gives up after ``HELLO_SECONDS``.
+    """
+    reason = f"no answer within {HELLO_SECONDS:g} s"
+    with trio.move_on_after(HELLO_SECONDS):
+        try:
+            await stream.send_all(_hellos.encode(wire.encode((0, wire.VERSION, token, max_frame_bytes))))
+            answer = wire.read_from_worker(await _one_frame(stream))
+        except (ProtocolError, trio.BrokenResourceError) as error:
+            reason = str(error)
+        else:
+            if isinstance(answer, wire.Welcome):
+                return answer
+            reason = answer.reason if isinstance(answer, wire.Bye) else "the other side did not say welcome"
+    raise WorkerLost(reason, may_have_run=False)
+
+
+async def _one_frame(stream: trio.abc.Stream) -> bytes:
+    decoder = _hellos.decoder()
+    while True:
+        try:
+            data = await stream.receive_some(wire.HELLO_BYTES)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            data = b""
+        if not data:
+            decoder.receive_eof()
+            raise ProtocolError("the other side closed the connection")
+        frames = decoder.receive_data(bytes(data))
+        if frames:
+            if len(frames) > 1 or decoder.buffered:
+                raise ProtocolError("something came before it was time")
+            return frames[0]
