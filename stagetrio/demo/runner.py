@@ -174,9 +174,14 @@ class _Watch:
             self._replies.update(event["replies"])
             self._polite_p99 = event["p99"].get("polite", self._polite_p99)
             done = (time.monotonic() - self._begin) / self._storm.seconds
-            replies = sum(self._replies.values())
-            self._on_progress(Progress(self._side, min(1.0, max(0.0, done)), replies, self._polite_p99))
+            self._tell(min(0.99, max(0.01, done)))
         self.results.append(event)
+
+    def finish(self) -> None:
+        self._tell(1.0)
+
+    def _tell(self, fraction: float) -> None:
+        self._on_progress(Progress(self._side, fraction, sum(self._replies.values()), self._polite_p99))
 
 
 async def run_storm(side: str, storm: Storm, on_progress: Callable[[Progress], None]) -> Figures:
@@ -224,7 +229,7 @@ async def _run_storm(side: str, storm: Storm, on_progress: Callable[[Progress], 
                     nursery.start_soon(watch.follow, child)
             await server.order(do="report")
             report = await server.expect("report", _REPORT_SECONDS)
-    on_progress(Progress(side, 1.0))
+    watch.finish()
     return _figures(side, storm, watch.results, report)
 
 
