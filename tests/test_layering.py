@@ -33,6 +33,7 @@ FLOORS: dict[str, int | str] = {
     "rules": 0,
     "broadcast": 0,
     "pace": 0,
+    "stall": 0,
     "preempt": 0,
     "turns": 0,
     "fair_queue": 1,
