@@ -12,8 +12,9 @@ more than that the ticket was late. A ticket without lease or revocation has no 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from types import TracebackType
+from typing import Protocol
 
 import trio
 
@@ -35,22 +36,32 @@ class LeaseLost(Exception):
 EXPIRED = "lease expired"
 
 
+class Grantor(Protocol):
+    """What a ticket needs of the stage that made it."""
+
+    _broadcasts: Broadcasts
+
+    def _give_back(self, ticket: Ticket, well: bool) -> None:
+        """Take the ticket back, and note the moment in it."""
+
+
 class Ticket:
     """Leave to be one of the few; a context manager whose end gives it back. Made by a `TicketStage` only.
 
     ``fence`` is greater than that of every ticket the stage granted before: a store that remembers the greatest it has
-    seen can refuse a holder that lost its ticket and has not noticed.
+    seen can refuse a holder that lost its ticket and has not noticed. ``flow``, ``cost`` and ``key`` are what the
+    ticket was asked for.
     """
 
     __slots__ = (
-        "_broadcasts",
         "_deadline",
-        "_give_back",
         "_joined",
+        "_lease",
         "_left",
         "_lost",
         "_messages",
         "_scope",
+        "_stage",
         "cost",
         "fence",
         "flow",
@@ -58,29 +69,25 @@ class Ticket:
         "leased",
     )
 
-    def __init__(
-        self,
-        give_back: Callable[[Ticket, bool], None],
-        broadcasts: Broadcasts,
-        flow: Hashable,
-        cost: int,
-        key: Hashable,
-        leased: bool,
-    ) -> None:
-        self._give_back = give_back
-        self._broadcasts = broadcasts
-        self._joined = broadcasts.sent
+    def __init__(self, stage: Grantor, flow: Hashable, cost: int, key: Hashable, lease: float | None) -> None:
+        if lease is not None and not lease > 0:
+            raise ValueError(f"lease must be > 0, not {lease!r}")
+        self._stage = stage
+        self._lease = lease
+        self._joined = stage._broadcasts.sent
         self._left: int | None = None  # broadcasts sent when it was given back
         self._messages: Messages | None = None
-        self._scope: trio.CancelScope | None = None
-        self.fence = 0
         self.flow = flow
         self.cost = cost
         self.key = key
-        self.leased = leased
-        if leased:
-            self._deadline = math.inf
-            self._lost: str | None = None
+        self.fence = 0  # until it is granted
+        self.leased = False
+
+    def _begin_lease(self, deadline: float) -> None:
+        self.leased = True
+        self._deadline = deadline
+        self._lost: str | None = None
+        self._scope: trio.CancelScope | None = None
 
     @property
     def deadline(self) -> float:
@@ -99,13 +106,13 @@ class Ticket:
     @property
     def held(self) -> bool:
         """Whether the ticket still counts: until its block is left or it is released, also past its lease."""
-        return self._left is None
+        return self.fence > 0 and self._left is None
 
     @property
     def messages(self) -> Messages:
         """The broadcasts since the ticket was asked for, see `TicketStage.broadcast`."""
         if self._messages is None:
-            self._messages = Messages(self._broadcasts, self._joined)
+            self._messages = Messages(self._stage._broadcasts, self._joined)
             if self._left is not None:
                 self._messages._finish(self._left)
         return self._messages
@@ -137,11 +144,11 @@ class Ticket:
         Once is enough; again is no error, so a holder that is not sure may. A ticket that was lost is given back too,
         and leaving the block still says so.
         """
-        if self._left is None:
+        if self.held:
             lost = self.lost
-            if lost is None and self._scope is not None:
+            if self.leased and lost is None and self._scope is not None:
                 self._scope.deadline = math.inf
-            self._let_go(lost is None)
+            self._stage._give_back(self, lost is None)
 
     def _lose(self, reason: str) -> None:
         """Cancel the work in the block; the first reason stays."""
@@ -151,22 +158,19 @@ class Ticket:
             if self._scope is not None:
                 self._scope.cancel(reason=reason)
 
-    def _let_go(self, well: bool) -> None:
-        self._left = self._broadcasts.sent
-        if self._messages is not None:
-            self._messages._finish(self._left)
-        self._give_back(self, well)
-
     @trio.lowlevel.enable_ki_protection
     def __enter__(self) -> Ticket:
         if self.leased:
-            if self._scope is not None:
-                raise RuntimeError("a ticket's block can be entered once")
-            self._scope = trio.CancelScope(deadline=self._deadline)
-            self._scope.__enter__()
-            if self._lost is not None:
-                self._scope.cancel(reason=self._lost)
+            self._enter_scope()
         return self
+
+    def _enter_scope(self) -> None:
+        if self._scope is not None:
+            raise RuntimeError("a ticket's block can be entered once")
+        self._scope = trio.CancelScope(deadline=self._deadline)
+        self._scope.__enter__()
+        if self._lost is not None:
+            self._scope.cancel(reason=self._lost)
 
     @trio.lowlevel.enable_ki_protection
     def __exit__(
@@ -175,11 +179,11 @@ class Ticket:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        if not self.leased:
-            if self._left is None:
-                self._let_go(exc is None)
-            return False
-        return self._exit_scope(exc_type, exc, traceback)
+        if self.leased:
+            return self._exit_scope(exc_type, exc, traceback)
+        if self._left is None:
+            self._stage._give_back(self, exc is None)
+        return False
 
     def _exit_scope(
         self,
@@ -187,14 +191,13 @@ class Ticket:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        scope = self._scope
-        assert scope is not None
+        assert self._scope is not None
         lost = self.lost
         try:
-            swallowed = scope.__exit__(exc_type, exc, traceback)
+            swallowed = self._scope.__exit__(exc_type, exc, traceback)
         finally:
             if self._left is None:
-                self._let_go(exc is None and lost is None)
+                self._stage._give_back(self, exc is None and lost is None)
         if lost is not None and (exc is None or swallowed):
             raise LeaseLost(lost) from None
         return swallowed

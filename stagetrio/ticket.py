@@ -22,13 +22,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 import trio
 
 from stagetrio.borrow import Limiter, Loan
-from stagetrio.broadcast import Broadcasts, Messages
+from stagetrio.broadcast import Broadcasts
 from stagetrio.lease import LeaseLost, Ticket
 from stagetrio.limiter import Overloaded
 from stagetrio.line import Line
@@ -39,34 +39,37 @@ __all__ = ["LeaseLost", "Limiter", "Ticket", "TicketRequest", "TicketStage", "Ti
 
 @attrs.frozen
 class TicketStatistics:
-    """What `TicketStage.statistics` returns."""
+    """What `TicketStage.statistics` returns.
+
+    Args:
+        name: The stage's.
+        tickets: How many may be held at once, now.
+        held: How many are: the sum of the costs of the holders, those past their lease included.
+        holders: Tickets granted and not given back.
+        waiting: Requests in line, or behind others with the same key.
+        granted: Tickets granted so far; the fence of the newest.
+        refused: Requests refused so far: none free, the line full, or waited too long.
+        gave_up: Requests cancelled while they waited.
+        lost: Leases that ended, by time or by revocation, before their block did.
+        overrun: Holders that lost their lease and have not left their block; their tickets are not handed on before.
+        overrun_seconds: What all holders, the present ones included, spent in their blocks after losing their lease.
+        broadcasts: Messages sent to holders and waiters.
+        closed: Whether the stage grants no more.
+    """
 
     name: str
-    """The stage's."""
     tickets: float
-    """How many may be held at once, now."""
     held: float
-    """How many are: the sum of the costs of the holders, those past their lease included."""
     holders: int
-    """Tickets granted and not given back."""
     waiting: int
-    """Requests in line, or behind others with the same key."""
     granted: int
-    """Tickets granted so far; the fence of the newest."""
     refused: int
-    """Requests refused so far: none free, the line full, or waited too long."""
     gave_up: int
-    """Requests cancelled while they waited."""
     lost: int
-    """Leases that ended, by time or by revocation, before their block did."""
     overrun: int
-    """Holders that lost their lease and have not left their block yet; their tickets are not handed on before."""
     overrun_seconds: float
-    """Time all holders so far, the present ones included, spent in their blocks after losing their lease."""
     broadcasts: int
-    """Messages sent to holders and waiters."""
     closed: bool
-    """Whether the stage grants no more."""
 
 
 class TicketStage:
@@ -113,12 +116,13 @@ class TicketStage:
         self._limiter: Limiter | None = None if isinstance(tickets, int) else tickets
         self._tickets = tickets if isinstance(tickets, int) else 0
         self._free = self._tickets  # of an own count; with a limiter 0, so that the quick way is never taken
-        self._held = 0
+        self._held = 0  # of a limiter
         self._loans: dict[Ticket, Loan] = {}
-        self._open = True
-        self._closes_at = math.inf
         self._line = Line["TicketRequest"](weight)
         self._front: TicketRequest | None = None  # who waits in the limiter
+        self._open = True
+        self._closes_at = math.inf
+        self._leasing = revocable or lease < math.inf
         self._leases: dict[Ticket, None] = {}
         self._broadcasts = Broadcasts(max_messages)
         self._fence = 0
@@ -154,13 +158,10 @@ class TicketStage:
 
         Cost: about a fifth of ``async with trio.CapacityLimiter``.
         """
-        if key is None and 0 < cost <= self._free and self._open and not self._line:
-            return self._grant(flow, cost, None, lease)
-        self._check(cost, lease)
-        if (ticket := self._grant_now(flow, cost, key, lease)) is not None:
-            return ticket
-        self._refused += 1
-        raise Overloaded("tickets", self._retry_after())
+        ticket = Ticket(self, flow, cost, key, lease)
+        if not self._grant_now(ticket):
+            self._refuse("tickets")
+        return ticket
 
     def revoke(self, ticket: Ticket, reason: str) -> None:
         """Take `ticket` away: its block is cancelled and raises `LeaseLost` with `reason`.
@@ -171,7 +172,7 @@ class TicketStage:
             RuntimeError: The ticket has no lease and the stage is not ``revocable``, so nothing can cancel its block.
             ValueError: The ticket is another stage's.
         """
-        if ticket._broadcasts is not self._broadcasts:
+        if ticket._stage is not self:
             raise ValueError(f"{ticket!r} is not a ticket of {self!r}")
         if not ticket.leased:
             raise RuntimeError(f"{ticket!r} can not be revoked: it has no lease, and {self!r} is not revocable")
@@ -225,63 +226,65 @@ class TicketStage:
         )
 
     def __repr__(self) -> str:
-        return f"<TicketStage {self.name!r}: {self._fence - self._returned} hold, {len(self._line)} wait>"
+        return f"<TicketStage {self.name!r}: {self._fence - self._returned} hold, {self._line.waiting} wait>"
 
     # Granting and giving back. All of it is synchronous; only a `TicketRequest` waits.
 
-    def _check(self, cost: int, lease: float | None) -> None:
+    def _grant_now(self, ticket: Ticket) -> bool:
+        """Grant `ticket` if it is free and nobody is before; say whether it was."""
+        cost = ticket.cost
+        if ticket.key is not None or not 0 < cost <= self._free or self._line.size or not self._open:
+            return self._grant_slowly(ticket)
+        self._free -= cost
+        self._fence = ticket.fence = self._fence + 1
+        if self._leasing or ticket._lease is not None:
+            self._lease(ticket)
+        return True
+
+    def _grant_slowly(self, ticket: Ticket) -> bool:
         if self._is_closed():
             raise trio.ClosedResourceError(f"{self!r} is closed")
-        total = self._tickets if self._limiter is None else math.inf
-        if not 1 <= cost <= max(1, total):
-            raise ValueError(f"cost must be between 1 and the {total} tickets of {self.name!r}, not {cost!r}")
-        if lease is not None and not lease > 0:  # now, and not when it would be granted
-            raise ValueError(f"lease must be > 0, not {lease!r}")
+        most = max(1, self._tickets) if self._limiter is None else math.inf
+        if not 1 <= ticket.cost <= most:
+            raise ValueError(f"cost must be between 1 and the {most} tickets of {self.name!r}, not {ticket.cost!r}")
+        if self._line.size or (ticket.key is not None and self._line.busy(ticket.key)):
+            return False
+        if self._limiter is not None:
+            loan = Loan(self._limiter, ticket.cost)
+            if not loan.take_nowait():
+                return False
+            self._lend(ticket, loan)
+        elif ticket.cost <= self._free:
+            self._grant(ticket)
+        else:
+            return False
+        if ticket.key is not None:
+            self._line.take_key(ticket.key)
+        return True
 
-    def _is_closed(self) -> bool:
-        return not self._open and trio.current_time() >= self._closes_at
-
-    def _grant(self, flow: Hashable, cost: int, key: Hashable, lease: float | None) -> Ticket:
-        """Make the ticket; that it may be had is settled."""
-        if lease is None:
-            lease = self.lease
-        elif not lease > 0:
-            raise ValueError(f"lease must be > 0, not {lease!r}")
-        leased = lease < math.inf or self.revocable
-        ticket = Ticket(self._give_back, self._broadcasts, flow, cost, key, leased)
-        self._fence = ticket.fence = self._fence + 1
-        if leased:
-            ticket._deadline = trio.current_time() + lease
-            self._leases[ticket] = None
+    def _grant(self, ticket: Ticket) -> None:
+        """Make `ticket` one that is held; that it may be had is settled."""
         if self._limiter is None:
-            self._free -= cost
-        return ticket
+            self._free -= ticket.cost
+        self._fence = ticket.fence = self._fence + 1
+        if self._leasing or ticket._lease is not None:
+            self._lease(ticket)
 
-    def _lend(self, loan: Loan, flow: Hashable, key: Hashable, lease: float | None) -> Ticket:
-        """Make the ticket that stands for `loan`."""
-        ticket = self._grant(flow, loan.tokens, key, lease)
+    def _lend(self, ticket: Ticket, loan: Loan) -> None:
         self._loans[ticket] = loan
         self._held += loan.tokens
-        return ticket
+        self._grant(ticket)
 
-    def _grant_now(self, flow: Hashable, cost: int, key: Hashable, lease: float | None) -> Ticket | None:
-        """Grant a ticket if it is free and nobody is before."""
-        if self._line or (key is not None and self._line.busy(key)):
-            return None
-        if self._limiter is None:
-            if cost > self._free:
-                return None
-            ticket = self._grant(flow, cost, key, lease)
-        else:
-            loan = Loan(self._limiter, cost)
-            if not loan.take_nowait():
-                return None
-            ticket = self._lend(loan, flow, key, lease)
-        if key is not None:
-            self._line.take_key(key)
-        return ticket
+    def _lease(self, ticket: Ticket) -> None:
+        lease = self.lease if ticket._lease is None else ticket._lease
+        if lease < math.inf or self.revocable:
+            ticket._begin_lease(trio.current_time() + lease)
+            self._leases[ticket] = None
 
     def _give_back(self, ticket: Ticket, well: bool) -> None:
+        ticket._left = self._broadcasts.sent
+        if ticket._messages is not None:
+            ticket._messages._finish(ticket._left)
         self._returned += 1
         if ticket.leased:
             del self._leases[ticket]
@@ -295,37 +298,34 @@ class TicketStage:
             self._loans.pop(ticket).give_back(well)
         if ticket.key is not None:
             self._line.free_key(ticket.key)
-        if self._line:
+        if self._line.size:
             self._hand_over()
 
     def _hand_over(self) -> None:
         """Grant to the head of the line as long as there is enough for it; or call it forward, to the limiter."""
         if not self._open and self._is_closed():
             return
-        while (request := self._line.head()) is not None:
-            if request._aborted:
-                self._line.remove(request)
-            elif self._limiter is not None:
+        line = self._line
+        while (request := line.head()) is not None:
+            if self._limiter is not None:
                 if self._front is None:
                     self._front = request
                     request._wake()
                 return
-            elif request.cost > self._free:
+            if request.cost > self._free:
                 return
-            else:
-                self._line.serve(request)
-                request._ticket = self._grant(request.flow, request.cost, request.key, request.lease)
-                request._wake()
+            line.serve(request)
+            self._grant(request)
+            request._wake()
 
     def _join(self, request: TicketRequest) -> None:
         """Let `request` wait, in line or behind its key; it may be granted at once."""
         if self._line.waiting >= self.max_waiting:
-            self._refused += 1
-            raise Overloaded("waiting", self._retry_after())
+            self._refuse("waiting")
         if self.max_wait < math.inf:
             request._patience = trio.current_time() + self.max_wait
-        self._line.add(request)
-        self._hand_over()
+        if self._line.add(request):
+            self._hand_over()
 
     def _withdraw(self, request: TicketRequest) -> None:
         """End the wait of `request` as if it had never come."""
@@ -334,82 +334,48 @@ class TicketStage:
             self._front = None
         self._hand_over()
 
-    def _retry_after(self) -> float:
-        """Seconds until one more request may be served, by the pace at which tickets came back lately."""
+    def _is_closed(self) -> bool:
+        return not self._open and trio.current_time() >= self._closes_at
+
+    def _refuse(self, reason: str) -> NoReturn:
+        """Refuse, with the time to come back by the pace at which tickets were given back lately."""
+        self._refused += 1
         seconds = self._pace.seconds_for(self._line.waiting + 1, self._returned, trio.current_time())
-        return seconds or (self.lease if self.lease < math.inf else 0.0)
+        raise Overloaded(reason, seconds or (self.lease if self.lease < math.inf else 0.0))
 
 
-class TicketRequest:
-    """A request for a ticket: an async context manager that waits for it, and can be watched meanwhile."""
+class TicketRequest(Ticket):
+    """A ticket that is asked for: ``async with`` it waits for the grant, and it can be watched meanwhile."""
 
-    __slots__ = (
-        "_aborted",
-        "_joined",
-        "_messages",
-        "_patience",
-        "_scope",
-        "_stage",
-        "_task",
-        "_ticket",
-        "cost",
-        "flow",
-        "has_key",
-        "in_line",
-        "key",
-        "lease",
-        "number",
-    )
+    __slots__ = ("_patience", "_scope_in_limiter", "_task", "aborted", "has_key", "in_line", "number")
 
     def __init__(self, stage: TicketStage, flow: Hashable, cost: int, key: Hashable, lease: float | None) -> None:
-        self._stage = stage
-        self.flow = flow
-        self.cost = cost
-        self.key = key
-        self.lease = lease
+        super().__init__(stage, flow, cost, key, lease)
         self.number = 0
         self.in_line = False
-        self.has_key = False
-        self._ticket: Ticket | None = None
-        self._messages: Messages | None = None
-        self._joined = stage._broadcasts.sent
+
+    _stage: TicketStage
 
     @property
     def position(self) -> int:
         """How many would be served up to and including this one, by what is known now; 0 when it does not wait."""
-        return self._stage._line.position(self)
+        return self._stage._line.position(self) if self.number else 0
 
-    @property
-    def messages(self) -> Messages:
-        """The broadcasts since this was asked for, see `TicketStage.broadcast`; the ticket goes on with the same."""
-        if self._ticket is not None:
-            return self._ticket.messages
-        if self._messages is None:
-            self._messages = Messages(self._stage._broadcasts, self._joined)
-        return self._messages
+    def __enter__(self) -> NoReturn:
+        raise RuntimeError("a ticket that may have to wait is entered by 'async with'")
 
     @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> Ticket:
-        if self._ticket is not None or self.number:
+        if self.fence or self.number:
             raise RuntimeError("a ticket request can be entered once")
         await trio.lowlevel.checkpoint_if_cancelled()
-        stage = self._stage
-        cost = self.cost
-        if self.key is None and 0 < cost <= stage._free and stage._open and not stage._line:
-            ticket: Ticket | None = stage._grant(self.flow, cost, None, self.lease)
-        else:
-            stage._check(cost, self.lease)
-            ticket = stage._grant_now(self.flow, cost, self.key, self.lease)
-        if ticket is not None:
-            self._ticket = ticket
+        if self._stage._grant_now(self):
             await trio.lowlevel.cancel_shielded_checkpoint()
         else:
-            ticket = await self._wait()
-        ticket._joined = self._joined
-        ticket._messages = self._messages
-        if ticket.leased:
-            ticket.__enter__()
-        return ticket
+            await self._wait()
+        if self.leased:
+            self._enter_scope()
+        return self
 
     @trio.lowlevel.enable_ki_protection
     async def __aexit__(
@@ -418,64 +384,66 @@ class TicketRequest:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        assert self._ticket is not None
-        return self._ticket.__exit__(exc_type, exc, traceback)
+        if self.leased:
+            return self._exit_scope(exc_type, exc, traceback)
+        if self._left is None:
+            self._stage._give_back(self, exc is None)
+        return False
 
-    async def _wait(self) -> Ticket:
+    async def _wait(self) -> None:
         stage = self._stage
         self._task: trio.lowlevel.Task | None = None
-        self._scope: trio.CancelScope | None = None
-        self._aborted = False
+        self._scope_in_limiter: trio.CancelScope | None = None
         self._patience = math.inf
+        self.aborted = False
+        self.has_key = False
         stage._join(self)
-        if self._ticket is not None:
+        if self.fence:
             await trio.lowlevel.cancel_shielded_checkpoint()
+            return
         try:
-            while self._ticket is None:
-                deadline = min(self._patience, stage._closes_at)
-                if deadline == math.inf:
+            while not self.fence:
+                if stage._front is self or not stage._open or self._patience < math.inf:
                     await self._step()
                 else:
-                    with trio.CancelScope(deadline=deadline):
-                        await self._step()
-                    if self._ticket is None:
-                        self._give_up_when_late()
+                    self._task = trio.lowlevel.current_task()
+                    await trio.lowlevel.wait_task_rescheduled(self._abort)
         except BaseException as error:
-            if isinstance(error, trio.Cancelled):
-                stage._gave_up += 1
+            self._left = stage._broadcasts.sent
             if self._messages is not None:
-                self._messages._finish(stage._broadcasts.sent)
+                self._messages._finish(self._left)
+            stage._gave_up += isinstance(error, trio.Cancelled)
             stage._withdraw(self)
             raise
-        return self._ticket
 
     async def _step(self) -> None:
-        """Wait until something happens: a grant, a call forward, the closing of the stage."""
+        """Wait until something happens: a grant, a call forward, the closing of the stage, the end of the patience."""
         stage = self._stage
-        if stage._front is not self:
-            self._task = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(self._abort)
-            return
+        with trio.CancelScope(deadline=min(self._patience, stage._closes_at)) as scope:
+            if stage._front is self:
+                self._scope_in_limiter = scope
+                await self._borrow()
+            else:
+                self._task = trio.lowlevel.current_task()
+                await trio.lowlevel.wait_task_rescheduled(self._abort)
+        if not self.fence and stage._is_closed():
+            raise trio.ClosedResourceError(f"{stage!r} is closed")
+        if not self.fence and trio.current_time() >= self._patience:
+            stage._refuse("waiting")
+
+    async def _borrow(self) -> None:
+        """Wait in the limiter, and call the next forward."""
+        stage = self._stage
         assert stage._limiter is not None
         loan = Loan(stage._limiter, self.cost)
-        with trio.CancelScope(deadline=stage._closes_at) as self._scope:
-            await loan.take()
-            stage._front = None
-            stage._line.serve(self)
-            self._ticket = stage._lend(loan, self.flow, self.key, self.lease)
-            stage._hand_over()
-        self._scope = None
-
-    def _give_up_when_late(self) -> None:
-        stage = self._stage
-        if stage._is_closed():
-            raise trio.ClosedResourceError(f"{stage!r} is closed")
-        if trio.current_time() >= self._patience:
-            stage._refused += 1
-            raise Overloaded("waiting", stage._retry_after())
+        await loan.take()
+        stage._front = None
+        stage._line.serve(self)
+        stage._lend(self, loan)
+        stage._hand_over()
 
     def _abort(self, _: Any) -> trio.lowlevel.Abort:
-        self._aborted = True
+        self.aborted = True
         self._task = None
         return trio.lowlevel.Abort.SUCCEEDED
 
@@ -484,5 +452,5 @@ class TicketRequest:
         if self._task is not None:
             trio.lowlevel.reschedule(self._task)
             self._task = None
-        if self._scope is not None:
-            self._scope.deadline = self._stage._closes_at
+        if self._scope_in_limiter is not None:
+            self._scope_in_limiter.deadline = min(self._patience, self._stage._closes_at)
