@@ -9,6 +9,16 @@ from stagetrio.lease import LeaseLost, Ticket
 from stagetrio.limiter import FlowRateLimiter, Overloaded, Rate, RateLimiter
 from stagetrio.nursery_pool import NurseryPool, open_nursery_pool
 from stagetrio.pacer import Pacer
+from stagetrio.remote import (
+    Procedures,
+    Remote,
+    RemoteError,
+    WorkerLost,
+    open_remote,
+    open_remote_stream,
+    serve_remote,
+    serve_remote_stream,
+)
 from stagetrio.snapshot import Snapshot
 from stagetrio.ticket import TicketRequest, TicketStage
 
@@ -27,13 +37,21 @@ __all__ = [
     "NurseryPool",
     "Overloaded",
     "Pacer",
+    "Procedures",
     "ProtocolError",
     "Rate",
     "RateLimiter",
     "Refused",
+    "Remote",
+    "RemoteError",
     "Snapshot",
     "Ticket",
     "TicketRequest",
     "TicketStage",
+    "WorkerLost",
     "open_nursery_pool",
+    "open_remote",
+    "open_remote_stream",
+    "serve_remote",
+    "serve_remote_stream",
 ]

@@ -1,0 +1,201 @@
+"""The public API as users write it: checked by ``mypy --strict`` (in CI, and by ``test_typing.py``), never run.
+
+A ``# type: ignore[code]`` below marks a mistake that the types must catch: where they do not, mypy reports the comment
+as unused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from typing import assert_type, cast
+
+import attrs
+import trio
+
+from stagetrio import (
+    Delivery,
+    FairQueue,
+    FlowRateLimiter,
+    LeaseLost,
+    NurseryPool,
+    Overloaded,
+    Pacer,
+    Procedures,
+    Rate,
+    RateLimiter,
+    RemoteError,
+    Snapshot,
+    Ticket,
+    TicketRequest,
+    TicketStage,
+    WorkerLost,
+    open_nursery_pool,
+    open_remote,
+    open_remote_stream,
+    serve_remote,
+    serve_remote_stream,
+)
+from stagetrio.fair_queue import FlowChannel
+from stagetrio.sockets import open_listeners
+
+
+@attrs.frozen
+class Move:
+    player: str
+    field: int
+
+
+@attrs.frozen
+class Verdict:
+    winner: str | None
+
+
+# A queue knows the types of its flows and items.
+
+
+async def fair_queue() -> None:
+    queue: FairQueue[str, Move] = FairQueue(1000, max_items_per_flow=100, weight=lambda player: len(player))
+    await queue.send("ada", Move("ada", 3), cost=2.5)
+    queue.send_nowait("ada", Move("ada", 4))
+    assert_type(await queue.receive(), Move)
+    assert_type(queue.receive_nowait(), Move)
+    assert_type(await queue.receive_batch(64), list[Move])
+    delivery = await queue.receive_delivery()
+    assert_type(delivery, Delivery[str, Move])
+    assert_type(delivery.flow, str)
+    assert_type(delivery.item, Move)
+    delivery.settle(0.003)
+    queue.charge("ada", 0.5)
+    assert_type(queue.discard("ada"), list[Move])
+    async for move in queue:
+        assert_type(move, Move)
+    assert_type(queue.open_flow("ada", weight=2.0), FlowChannel[str, Move])
+    channel: trio.abc.SendChannel[Move] = queue.open_flow("ada")
+    await channel.send(Move("ada", 5))
+    assert_type(queue.statistics().items, int)
+    queue.send_nowait(7, Move("ada", 5))  # type: ignore[arg-type]
+    queue.send_nowait("ada", "not a move")  # type: ignore[arg-type]
+    FairQueue()  # type: ignore[call-arg]
+
+
+# A rate cannot be confused with a number, nor a burst be forgotten.
+
+
+async def limits() -> None:
+    limiter = RateLimiter(Rate(100), burst=20)
+    await limiter.acquire()
+    assert_type(limiter.delay(3.0), float)
+    flows = FlowRateLimiter(Rate(5, per=60.0), burst=5, max_flows=10_000, parent=limiter)
+    try:
+        limiter.acquire_nowait(2)
+    except Overloaded as refusal:
+        assert_type(refusal.reason, str)
+        assert_type(refusal.retry_after, float)
+    refusal_of_trio: type[trio.WouldBlock] = Overloaded
+    assert_type(refusal_of_trio, type[trio.WouldBlock])
+    RateLimiter(100, burst=20)  # type: ignore[arg-type]
+    RateLimiter(Rate(100))  # type: ignore[call-arg]
+    assert_type(flows.statistics().flows, int)
+
+
+# Tickets: what is asked for can be awaited only by `async with`, what is held can be read.
+
+
+async def tickets() -> None:
+    stage = TicketStage("login", 50, max_waiting=1000, lease=1.0, max_wait=math.inf)
+    shared = TicketStage("database", trio.CapacityLimiter(10), revocable=True)
+    request = stage.ticket("ada", cost=2, key="ada", lease=0.5)
+    assert_type(request, TicketRequest)
+    try:
+        async with request as ticket:
+            assert_type(ticket, Ticket)
+            assert_type(ticket.fence, int)
+            assert_type(ticket.deadline, float)
+            ticket.extend(2.0)
+            ticket.release()
+    except LeaseLost as lost:
+        assert_type(lost.reason, str)
+    with stage.ticket_nowait() as ticket:
+        shared.revoke(ticket, "for a reason")
+    stage.broadcast("the database is slow")
+    stage.close_after(10)
+
+
+# A pool stands where a nursery stood. Trio's own class is final, so that needs a cast.
+
+
+async def handle(stream: trio.SocketStream) -> None:
+    await stream.aclose()
+
+
+async def greet(name: str, times: int) -> None: ...
+
+
+async def pools(listeners: list[trio.SocketListener]) -> None:
+    async with open_nursery_pool(1000) as pool:
+        assert_type(pool, NurseryPool)
+        await pool.spawn(greet, "ada", 3, key="ada")
+        pool.spawn_nowait(greet, "ada", 3)
+        pool.start_soon(greet, "ada", 3)
+        pool.cancel("ada", "she left")
+        await pool.drain(5.0)
+        await pool.spawn(greet, "ada", "three")  # type: ignore[arg-type]
+        await trio.serve_listeners(handle, listeners, handler_nursery=cast("trio.Nursery", pool))
+
+
+# Snapshots keep the type of their value through every update.
+
+
+async def snapshots() -> None:
+    players: Snapshot[frozenset[str]] = Snapshot(frozenset())
+    view = players.update(lambda names: names | {"ada"})
+    assert_type(view.value, frozenset[str])
+    assert_type(view.version, int)
+    assert_type(players.compare_and_set(view.version, frozenset()), bool)
+    assert_type((await players.wait_changed(view.version)).value, frozenset[str])
+    players.update(lambda names: 7)  # type: ignore[arg-type, return-value]
+
+
+# A remote call is typed by the procedure's own signature; by name it is not.
+
+procedures = Procedures()
+
+
+@procedures.procedure
+async def judge(moves: list[Move], *, strict: bool = False) -> Verdict:
+    return Verdict(moves[-1].player)
+
+
+@procedures.procedure
+async def replay(game: int) -> AsyncIterator[Move]:
+    yield Move("ada", game)
+
+
+async def remote(stream: trio.abc.Stream) -> None:
+    assert_type(await judge([], strict=True), Verdict)
+    async with open_remote("unix:///run/judge.sock", token="secret") as there:
+        assert_type(await there.call(judge, [Move("ada", 1)], strict=True), Verdict)
+        await there.post(judge, [])
+        async with there.stream(replay, 7) as values:
+            async for move in values:
+                assert_type(move, Move)
+        assert_type(await there.with_options(idempotent=True).call(judge, []), Verdict)
+        await there.call("judge", anything="goes")
+        await there.call(judge, [1, 2])  # type: ignore[call-overload]
+        await there.call(judge)  # type: ignore[call-overload]
+    async with open_remote_stream(stream) as there:
+        try:
+            await there.call(judge, [])
+        except WorkerLost as lost:
+            assert_type(lost.may_have_run, bool)
+        except RemoteError:
+            pass
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_remote, procedures, await open_listeners("tcp://127.0.0.1:0"))
+        nursery.start_soon(serve_remote_stream, procedures, stream)
+
+
+def pacing() -> None:
+    pacer = Pacer(0.02)
+    pacer.touch(lambda: None)
