@@ -42,11 +42,10 @@ def demo(*, seconds: float, seed: int, with_control: bool, as_json: bool, plot_t
         return _complain(problem, 2)
     storm = Storm(seconds, seed, rounds_of(BURN_SECONDS))
     sides = ["control", "staged"] if with_control else ["staged"]
-    try:
-        with screen.bars(Console(stderr=True), sides, quiet=as_json) as on_progress:
-            outcome = trio.run(_storms, storm, sides, on_progress)
-    except ChildFailed as error:
-        return _complain(str(error), 1)
+    with screen.bars(Console(stderr=True), sides, quiet=as_json) as on_progress:
+        outcome = trio.run(_storms, storm, sides, on_progress)
+    if isinstance(outcome, ChildFailed):
+        return _complain(str(outcome), 1)
     if isinstance(outcome, signal.Signals):
         return 128 + outcome
     control, staged = outcome.get("control"), outcome["staged"]
@@ -70,21 +69,26 @@ def _complain(problem: str, status: int) -> int:
 
 async def _storms(
     storm: Storm, sides: list[str], on_progress: Callable[[Progress], None]
-) -> dict[str, Figures] | signal.Signals:
-    """The figures of each side, or the signal that ended it; then all processes are gone already."""
+) -> dict[str, Figures] | signal.Signals | ChildFailed:
+    """The figures of each side, or what ended it early; either way no process is left."""
+    outcome: dict[str, Figures] | signal.Signals | ChildFailed
     figures: dict[str, Figures] = {}
-    caught: list[signal.Signals] = []
+    outcome = figures
     # Signals are received, not raised: a KeyboardInterrupt could strike between a process and its owner.
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
 
             async def stop_on_signal() -> None:
+                nonlocal outcome
                 async for number in signals:
-                    caught.append(signal.Signals(number))
+                    outcome = signal.Signals(number)
                     nursery.cancel_scope.cancel()
 
             nursery.start_soon(stop_on_signal)
-            for side in sides:
-                figures[side] = await run_storm(side, storm, on_progress)
+            try:
+                for side in sides:
+                    figures[side] = await run_storm(side, storm, on_progress)
+            except ChildFailed as error:
+                outcome = error
             nursery.cancel_scope.cancel()
-    return caught[0] if caught else figures
+    return outcome

@@ -16,7 +16,6 @@ import gc
 import itertools
 import json
 import sys
-from functools import partial
 from typing import Any
 
 import trio
@@ -177,4 +176,4 @@ async def main(groups: list[str], port: int, storm: Storm) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(partial(main, sys.argv[1].split(","), int(sys.argv[2]), Storm(**json.loads(sys.argv[3]))))
+    trio.run(main, sys.argv[1].split(","), int(sys.argv[2]), Storm(**json.loads(sys.argv[3])))

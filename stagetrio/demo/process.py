@@ -1,4 +1,4 @@
-"""The process of one server: ``python -m stagetrio.demo.process control|staged``.
+"""The process of one server: ``python -m stagetrio.demo.process control|staged STORM``.
 
 It speaks JSON lines with whoever started it: it says ``listening``, takes ``start`` and ``report``, and answers with
 what it measured about itself. It ends when its input does, so it cannot outlive its parent.
@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
 from typing import Any
 
 import trio
@@ -52,9 +51,9 @@ def _serve_of(side: str) -> Serve:
     return serve
 
 
-async def main(side: str, seconds: float) -> None:
+async def main(side: str, storm: Storm) -> None:
     """Host one server for one storm."""
-    storm, database, stalls = Storm(seconds), Database(), StallClock()
+    database, stalls = Database(), StallClock()
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=512)
     memory_before = peak_memory()
     async with trio.open_nursery() as nursery:
@@ -81,4 +80,4 @@ async def main(side: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(partial(main, sys.argv[1], float(sys.argv[2])))
+    trio.run(main, sys.argv[1], Storm(**json.loads(sys.argv[2])))

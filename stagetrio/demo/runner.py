@@ -123,8 +123,10 @@ class _Child:
         raise ChildFailed(f"{self.name} did not say {name!r} within {within:g} s")
 
     def _failure(self) -> ChildFailed:
-        lines = [line.strip() for line in self._said.decode(errors="replace").splitlines() if line.strip()]
-        return ChildFailed(f"{self.name} ended early: {lines[-1] if lines else 'it did not say why'}")
+        # The last line of a traceback says what happened; that of a group's is below its frame of dashes.
+        lines = [line.strip("+-| ") for line in self._said.decode(errors="replace").splitlines()]
+        said = next(filter(None, reversed(lines)), "it did not say why")
+        return ChildFailed(f"{self.name} ended early: {said}")
 
 
 @asynccontextmanager
@@ -200,18 +202,22 @@ async def run_storm(side: str, storm: Storm, on_progress: Callable[[Progress], N
     on_progress(Progress(side, 0.0))
     try:
         return await _run_storm(side, storm, on_progress)
-    except* ChildFailed as group:
-        failure: BaseException = group
-        while isinstance(failure, BaseExceptionGroup):
-            failure = failure.exceptions[0]
-        raise failure from None
-    raise AssertionError("unreachable")
+    except BaseExceptionGroup as group:
+        failures, others = group.split(ChildFailed)
+        if others is not None:  # a cancellation, or a mistake of ours, outweighs what came of it
+            raise others from None
+    # Where one process fails, others may in consequence; the first that was noticed has the reason.
+    failure: BaseException | None = failures
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    assert failure is not None
+    raise failure
 
 
 async def _run_storm(side: str, storm: Storm, on_progress: Callable[[Progress], None]) -> Figures:
     name = {"control": "the plain Trio server", "staged": "the stagetrio server"}[side]
     plain_storm = json.dumps(attrs.asdict(storm))
-    async with _open_child(name, "process", side, str(storm.seconds)) as server:
+    async with _open_child(name, "process", side, plain_storm) as server:
         port = str((await server.expect("listening", _START_SECONDS))["port"])
         many, few = (",".join(groups) for groups in _CLIENT_GROUPS)
         async with (
