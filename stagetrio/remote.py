@@ -183,15 +183,21 @@ async def _open(
         link = Link(nursery, open_stream, token, max_frame_bytes, max_buffered_bytes, reopens=reopens)
         try:
             await link.open()
-            yield Remote(link)
         except BaseException as error:
             raised = error
         else:
-            link.closed = True
-            await link.connection.close()
+            try:
+                yield Remote(link)
+                await link.connection.say_the_rest()
+            except BaseException as error:
+                raised = error
+            link.close()
         nursery.cancel_scope.cancel()
     if raised is not None:
-        raise raised
+        try:
+            raise raised
+        finally:
+            del raised  # or it would hold itself by its traceback
 
 
 def open_remote_stream(

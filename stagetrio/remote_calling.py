@@ -76,7 +76,7 @@ class CallingConnection:
         self._scope = trio.CancelScope()
         self._decoder = LengthPrefixed(max_frame_bytes).decoder()
         self._frame = LengthPrefixed(welcome.max_frame_bytes).encode
-        self._output = Output(stream, max_buffered_bytes, self._scope.cancel)
+        self._output = Output(stream, max_buffered_bytes, self._hear_the_rest)
         self._pending: dict[int, trio.lowlevel.Task | Values | str] = {}
         self._waiting = trio.lowlevel.ParkingLot()
         self._places = 0
@@ -185,7 +185,7 @@ class CallingConnection:
         waiter: trio.lowlevel.Task | Values | str,
     ) -> int:
         """Write a request into the place that the caller holds; return its id."""
-        deadline = trio.current_effective_deadline()
+        deadline = math.inf if kind == _POST else trio.current_effective_deadline()
         remaining = None if deadline == math.inf else max(0.0, deadline - trio.current_time())
         self._last_id = id = self._last_id + 1
         body = (arguments, keywords) if keywords else (arguments,)
@@ -236,14 +236,21 @@ class CallingConnection:
             self._lose(reason)
             await trio.aclose_forcefully(self._stream)
 
-    async def close(self) -> None:
-        """Hand over what has been said, and end the connection.
+    def _hear_the_rest(self) -> None:
+        """The other side takes nothing any more, but what it said last, answers or a reason, may still come."""
+        self._scope.deadline = trio.current_time() + GOODBYE_SECONDS
 
-        Checkpoints: yes; a cancellation only hurries it.
+    async def say_the_rest(self) -> None:
+        """Hand over what has been said, as far as it is taken within ``GOODBYE_SECONDS``.
+
+        Checkpoints: yes.
         """
-        self._closing = True
         with trio.move_on_after(GOODBYE_SECONDS):
             await self._output.drained()
+
+    def close(self) -> None:
+        """End the connection from this side; whoever waits gets ``trio.ClosedResourceError``."""
+        self._closing = True
         self._lose("this side has closed the connection")
         self._scope.cancel()
 
@@ -304,8 +311,10 @@ class CallingConnection:
             error = trio.ClosedResourceError(reason) if self._closing else WorkerLost(reason, may_have_run=True)
             if isinstance(waiter, Values):
                 waiter.end(error)
-            elif not isinstance(waiter, str):
+            elif isinstance(waiter, trio.lowlevel.Task):
                 trio.lowlevel.reschedule(waiter, outcome.Error(error))
+            elif waiter is _POSTED:
+                self._tally.posts_failed += 1
         self._waiting.unpark_all()
 
 

@@ -57,7 +57,7 @@ class Link:
         self._known: dict[Callable[..., Any] | str, Procedure | NamedProcedure] = {}
         self.tally = CallingTally()
         self.connection: CallingConnection
-        self.closed = False
+        self._closed = False
 
     async def open(self) -> None:
         """Make a connection.
@@ -93,12 +93,17 @@ class Link:
         Checkpoints: yes.
         """
         async with self._opening:
-            if self.connection is lost and not self.closed:
+            if self.connection is lost and not self._closed:
                 try:
                     await self.open()
                 except OSError as error:
                     raise WorkerLost(f"{lost.lost}; connecting again: {error}", may_have_run=False) from error
         return self.connection
+
+    def close(self) -> None:
+        """End the connection, for good."""
+        self._closed = True
+        self.connection.close()
 
     def procedure(self, procedure: Callable[..., Any] | str) -> Procedure | NamedProcedure:
         """Return how to call a function, or a name."""
@@ -122,7 +127,7 @@ class RemoteStatistics:
         max_in_flight: What the other side allows.
         sent: Requests written.
         late: Answers and values that came after their caller had left.
-        posts_failed: Posts that raised or were refused over there.
+        posts_failed: Posts that raised or were refused over there, or were not answered when the connection ended.
         connections: How often a connection has been made.
     """
 

@@ -99,7 +99,7 @@ class ServedConnection:
         self._max_in_flight, self._max_running = max_in_flight, max_running
         self._decoder = LengthPrefixed(max_frame_bytes).decoder()
         self._frame = LengthPrefixed(hello.max_frame_bytes).encode
-        self._output = Output(stream, max_buffered_bytes, self._end)
+        self._output = Output(stream, max_buffered_bytes, self._stop_waiting_for_callers)
         self._inbox: deque[bytes] = deque()
         self._in_hand: dict[int, _Work] = {}  # requests that have blocked, by id
         self._idle: list[trio.lowlevel.Task] = []
@@ -143,6 +143,7 @@ class ServedConnection:
                     raise
                 error = raised
             if work.request is None:
+                self._end()
                 return
             await self._settle(work, value, error)
             if len(self._idle) >= MAX_IDLE:
@@ -192,6 +193,8 @@ class ServedConnection:
         if self._fault is not None or self._ended:
             self._end()
             return
+        if self._output.broken:
+            work.scope.deadline = trio.current_time() + GOODBYE_SECONDS
         self._reading = work
         try:
             data = await self._stream.receive_some(RECEIVE_BYTES)
@@ -199,6 +202,11 @@ class ServedConnection:
             data = b""
         finally:
             self._reading = None
+        if self._output.broken:
+            if work.scope.cancel_called:
+                self._end()
+                return
+            work.scope.deadline = math.inf
         try:
             if data:
                 self._inbox.extend(self._decoder.receive_data(bytes(data)))
@@ -209,15 +217,19 @@ class ServedConnection:
             self._inbox.extend(error.frames)
             self._fault = error.reason
 
-    def _end(self) -> None:
-        """Cancel what nobody waits for any longer; what was posted goes on."""
-        self._ended = True
+    def _stop_waiting_for_callers(self) -> None:
+        """Cancel what nobody waits for any longer; what was posted goes on, and what was posted last may still come."""
         self._output.lift_bound()
         for work in self._in_hand.values():
             if not isinstance(work.request, wire.Post):
                 work.scope.cancel()
         if self._reading is not None:
-            self._reading.scope.cancel()
+            self._reading.scope.deadline = trio.current_time() + GOODBYE_SECONDS
+
+    def _end(self) -> None:
+        """Let nobody lead any more."""
+        self._ended = True
+        self._stop_waiting_for_callers()
         for task in self._idle:
             trio.lowlevel.reschedule(task)
         self._idle.clear()
@@ -259,6 +271,9 @@ class ServedConnection:
         if request.id <= self._last_id:
             raise ProtocolError(f"id {request.id} does not rise above {self._last_id}")
         self._last_id = request.id
+        if self._output.broken and not isinstance(request, wire.Post):
+            self._tally.cancelled += 1
+            return None
         procedure = self._procedures.get(request.name)
         if procedure is None or procedure.streams is not isinstance(request, wire.Open):
             self._reject(request.id, "LookupError", _no_such(request, procedure))
@@ -379,7 +394,7 @@ class ServedConnection:
         self._reply(frame)
 
     def _reply(self, frame: bytes) -> None:
-        if self._ended:
+        if self._ended or self._output.broken:
             self._tally.undeliverable += 1
         self._output.add(frame)
 

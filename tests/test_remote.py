@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
 
 import attrs
 import pytest
 import trio
 import trio.testing
+from remote_pairs import PAIRS, Pair, serving
 
 from stagetrio.framing import ProtocolError
 from stagetrio.limiter import Overloaded
-from stagetrio.remote import Procedures, Remote, RemoteError, open_remote_stream, serve_remote_stream
-
-Pair = tuple[trio.abc.Stream, trio.abc.Stream]
+from stagetrio.remote import Procedures, RemoteError
 
 
 @attrs.frozen
@@ -34,24 +30,10 @@ class Needy:
     number: int = attrs.field(converter=int)
 
 
-def socket_pair() -> Pair:
-    ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(s)) for s in socket.socketpair())
-    return ours, theirs
-
-
-@pytest.fixture(params=[trio.testing.memory_stream_pair, socket_pair])
+@pytest.fixture(params=PAIRS)
 def pair(request: pytest.FixtureRequest) -> Pair:
     make: Callable[[], Pair] = request.param
     return make()
-
-
-@contextlib.asynccontextmanager
-async def serving(procedures: Procedures, pair: Pair, **bounds: Any) -> AsyncIterator[Remote]:
-    """A remote that calls ``procedures``, which end when it has left."""
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: serve_remote_stream(procedures, pair[0], **bounds))
-        async with open_remote_stream(pair[1]) as remote:
-            yield remote
 
 
 async def test_a_call_returns_what_the_procedure_returned(pair: Pair) -> None:
