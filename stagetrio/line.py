@@ -12,8 +12,8 @@ its finish tag, which bounds the memory by the waiters there were, and nothing i
 
 Within a flow waiters are kept in a deque by the number they drew on arrival. One that could not stand in line at
 first, because its key was busy, comes late with an early number and is put where it belongs, near the front. A waiter
-that gives up is only marked; marks are swept when they outnumber the waiters, so giving up is O(1) amortised and
-memory stays bounded.
+that gives up is only marked, unless it is at an end; marks are swept when they outnumber the waiters, so giving up is
+O(1) amortised and memory stays bounded.
 
 A key excludes: the first waiter of a key stands in line as any other, those behind it wait beside the line, in order,
 and hold nobody up. When the key is free again, the next of them joins the line with the number it drew on arrival.
@@ -30,18 +30,19 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Waiter(Protocol):
-    """What stands in line. Its owner gives the first four, the line keeps the rest."""
+    """What stands in line. Its owner gives the first three, the line keeps the rest."""
 
     flow: Hashable
     key: Hashable
     """None excludes nobody."""
     cost: int
-    aborted: bool
-    """Its task has been told to give up, and will call `Line.remove` when it runs; it is not served any more."""
+    waits: bool
+    """The line sets it while the waiter stands in it. An owner clears it when the waiter has been told to give up and
+    will call `Line.remove` later; it is not served any more."""
     number: int
     """Drawn on arrival, rising."""
     in_line: bool
-    """Whether it may be served."""
+    """Whether it is counted."""
     has_key: bool
     """Whether its key is busy on its account."""
 
@@ -50,19 +51,28 @@ W = TypeVar("W", bound=Waiter)
 
 
 class _Flow(Generic[W]):
-    __slots__ = ("inverse", "name", "queue", "tag", "waiting")
+    __slots__ = ("inverse", "name", "queue", "tag")
 
     def __init__(self, name: Hashable, tag: float, weight: float) -> None:
         self.name = name
         self.tag = tag
         self.inverse = 1 / weight
-        self.waiting = 0
-        self.queue: deque[W] = deque()  # those that gave up included
+        self.queue: deque[W] = deque()  # some of those that gave up included, but none at its ends
 
     def insert(self, waiter: W) -> None:
-        """Put a late waiter before those that came after it."""
-        place = next(place for place, other in enumerate(self.queue) if other.number > waiter.number)
-        self.queue.insert(place, waiter)
+        """Put a waiter where its number belongs."""
+        queue = self.queue
+        place = next((place for place, other in enumerate(queue) if other.number > waiter.number), len(queue))
+        queue.insert(place, waiter)
+
+    def trim(self) -> int:
+        """Drop those at the ends that gave up, and say how many."""
+        queue, length = self.queue, len(self.queue)
+        while queue and not queue[0].in_line:
+            queue.popleft()
+        while queue and not queue[-1].in_line:
+            queue.pop()
+        return length - len(queue)
 
 
 class Line(Generic[W]):
@@ -77,6 +87,8 @@ class Line(Generic[W]):
     def __init__(self, weight: Callable[[Hashable], float] | None = None) -> None:
         self.size = 0
         """Those who could be served, if there were enough; the ones behind a busy key are not counted."""
+        self.waiting = 0
+        """All who wait."""
         self._weight = weight
         self._virtual = 0.0
         self._flows: dict[Hashable, _Flow[W]] = {}  # with waiters, or lately so
@@ -84,15 +96,9 @@ class Line(Generic[W]):
         self._finished: dict[Hashable, float] = {}  # finish tags above virtual time, of flows without waiters
         self._weight_sum = 0.0  # of the flows in _flows
         self._keys: dict[Hashable, deque[W]] = {}  # {busy key: those behind its first, in order}
-        self._behind = 0
         self._arrivals = 0
         self._serial = 0
         self._gone = 0
-
-    @property
-    def waiting(self) -> int:
-        """All who wait."""
-        return self.size + self._behind
 
     def __iter__(self) -> Iterator[W]:
         """Those who wait, flow by flow, and then those behind keys."""
@@ -101,54 +107,72 @@ class Line(Generic[W]):
         for behind in self._keys.values():
             yield from behind
 
-    def add(self, waiter: W) -> bool:
-        """Let `waiter` wait, in line or behind its key; say whether it may be next now."""
+    def add(self, waiter: W) -> None:
+        """Let `waiter` wait, in line or behind its key."""
+        self.waiting += 1
         self._arrivals = waiter.number = self._arrivals + 1
         if waiter.key is not None and not self._claim(waiter):
-            return False
-        return self._stand(waiter)
+            return
+        flow = self._flows.get(waiter.flow)
+        if flow is None or not flow.queue:
+            flow = self._arrive(waiter.flow)
+        flow.queue.append(waiter)
+        waiter.in_line = waiter.waits = True
+        self.size += 1
 
-    def head(self) -> W | None:
-        """Return who is next, or None when nobody waits."""
+    def take(self, most: float) -> W | None:
+        """Take who is next out of the line and book its cost; None when nobody waits, or for more than `most`."""
         turns = self._turns
         while turns:
             tag, _, flow = turns[0]
-            if flow.tag != tag or not flow.waiting:
+            queue = flow.queue
+            if not queue or tag != flow.tag:
+                self._gone -= not queue
                 self._refile_top()
                 continue
-            waiter = flow.queue[0]
-            if not waiter.in_line:
-                flow.queue.popleft()
-                self._gone -= 1
-            elif waiter.aborted:
+            waiter = queue[0]
+            if not waiter.waits:
                 self.remove(waiter)
-            else:
+                continue
+            cost = waiter.cost
+            if cost > most:
+                return None
+            queue.popleft()
+            waiter.in_line = waiter.waits = False
+            self.waiting -= 1
+            self.size -= 1
+            if not self.size:
+                self._clear()
                 return waiter
+            if len(turns) > 1:  # where one flow waits nothing depends on its tag, which keeps up with virtual time
+                flow.tag += cost * flow.inverse
+                self._virtual += cost / self._weight_sum
+                self._refile_top()
+            if queue and not queue[0].in_line:
+                self._gone -= flow.trim()
+            return waiter
         return None
 
-    def serve(self, waiter: W) -> None:
-        """Take `waiter` out of the line because its turn has come, and book its cost."""
-        flow = self._flows[waiter.flow]
-        if len(self._flows) > 1:  # of one flow nothing depends on the tag, which keeps up with virtual time anyway
-            flow.tag += waiter.cost * flow.inverse
-            self._virtual += waiter.cost / self._weight_sum
-        waiter.in_line = False
-        flow.waiting -= 1
-        if flow.queue[0] is waiter:
-            flow.queue.popleft()
-        else:
-            self._gone += 1
-        self.size -= 1
-        if not self.size:
-            self._clear()
+    def refund(self, waiter: W) -> None:
+        """Undo the booking of one that was taken, and gave up after all."""
+        flow = self._flows.get(waiter.flow)
+        if flow is not None:
+            flow.tag -= waiter.cost * flow.inverse
+            self._turns = [(other.tag, serial, other) for _, serial, other in self._turns]
+            heapq.heapify(self._turns)
+        self._finished.pop(waiter.flow, None)
 
     def remove(self, waiter: W) -> None:
         """Let `waiter` go, wherever it waits, as if it had never come."""
         if waiter.in_line:
-            waiter.in_line = False
-            self._flows[waiter.flow].waiting -= 1
+            waiter.in_line = waiter.waits = False
+            self.waiting -= 1
             self.size -= 1
             self._gone += 1
+            flow = self._flows[waiter.flow]
+            self._gone -= flow.trim()
+            if not flow.queue:
+                self._gone += 1  # its place among the turns
             if not self.size:
                 self._clear()
             elif self._gone > self.size + 64:
@@ -156,7 +180,7 @@ class Line(Generic[W]):
         elif waiter.key is not None and waiter in (behind := self._keys.get(waiter.key, ())):
             assert isinstance(behind, deque)
             behind.remove(waiter)
-            self._behind -= 1
+            self.waiting -= 1
         if waiter.has_key:
             waiter.has_key = False
             self.free_key(waiter.key)
@@ -176,9 +200,12 @@ class Line(Generic[W]):
         behind = self._keys[key]
         if behind:
             waiter = behind.popleft()
-            self._behind -= 1
-            waiter.has_key = True
-            self._stand(waiter)
+            waiter.has_key = waiter.in_line = waiter.waits = True
+            flow = self._flows.get(waiter.flow)
+            if flow is None or not flow.queue:
+                flow = self._arrive(waiter.flow)
+            flow.insert(waiter)
+            self.size += 1
         else:
             del self._keys[key]
 
@@ -186,7 +213,7 @@ class Line(Generic[W]):
         behind = self._keys.get(waiter.key)
         if behind is not None:
             behind.append(waiter)
-            self._behind += 1
+            waiter.in_line = waiter.waits = False
             return False
         self._keys[waiter.key] = deque()
         waiter.has_key = True
@@ -194,23 +221,13 @@ class Line(Generic[W]):
 
     # Flows.
 
-    def _stand(self, waiter: W) -> bool:
-        flow = self._flows.get(waiter.flow)
-        if flow is None:
-            flow = self._arrive(waiter.flow)
-        elif not flow.waiting:
-            flow.tag = max(flow.tag, self._virtual)
-        waiter.in_line = True
-        flow.waiting += 1
-        self.size += 1
-        queue = flow.queue
-        if queue and queue[-1].number > waiter.number:
-            flow.insert(waiter)
-            return True
-        queue.append(waiter)
-        return flow.waiting == 1
-
     def _arrive(self, name: Hashable) -> _Flow[W]:
+        """Give a flow without waiters its place among the turns."""
+        flow = self._flows.get(name)
+        if flow is not None:
+            self._gone -= 1
+            flow.tag = max(flow.tag, self._virtual)
+            return flow
         weight = 1.0 if self._weight is None else self._weight(name)
         if not weight > 0:
             raise ValueError(f"weight of flow {name!r} must be > 0, not {weight!r}")
@@ -224,7 +241,7 @@ class Line(Generic[W]):
     def _refile_top(self) -> None:
         """File the flow on top of the heap by its present tag, or let it depart."""
         flow = self._turns[0][2]
-        if flow.waiting:
+        if flow.queue:
             self._serial += 1
             heapq.heapreplace(self._turns, (flow.tag, self._serial, flow))
         else:
@@ -232,7 +249,6 @@ class Line(Generic[W]):
             self._depart(flow)
 
     def _depart(self, flow: _Flow[W]) -> None:
-        self._gone -= len(flow.queue)
         del self._flows[flow.name]
         self._weight_sum -= 1 / flow.inverse
         if flow.tag > self._virtual:
@@ -242,11 +258,10 @@ class Line(Generic[W]):
 
     def _sweep(self) -> None:
         for flow in list(self._flows.values()):
-            if flow.waiting:
-                flow.queue = deque(waiter for waiter in flow.queue if waiter.in_line)
-            else:
+            flow.queue = deque(waiter for waiter in flow.queue if waiter.in_line)
+            if not flow.queue:
                 self._depart(flow)
-        self._turns = [entry for entry in self._turns if entry[2].waiting]
+        self._turns = [entry for entry in self._turns if entry[2].queue]
         heapq.heapify(self._turns)
         self._gone = 0
 
@@ -276,6 +291,6 @@ class Line(Generic[W]):
                 position += 1
                 tag += other.cost * own.inverse
         for flow in self._flows.values():
-            if flow is not own and flow.waiting and flow.tag <= tag:
-                position += min(flow.waiting, 1 + int((tag - flow.tag) / flow.inverse))
+            if flow is not own and flow.tag <= tag:
+                position += min(len(flow.queue), 1 + int((tag - flow.tag) / flow.inverse))
         return position

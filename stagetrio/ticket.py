@@ -26,6 +26,16 @@ from typing import Any, NoReturn
 
 import attrs
 import trio
+from trio.lowlevel import (
+    Abort,
+    Task,
+    cancel_shielded_checkpoint,
+    checkpoint_if_cancelled,
+    current_task,
+    enable_ki_protection,
+    reschedule,
+    wait_task_rescheduled,
+)
 
 from stagetrio.borrow import Limiter, Loan
 from stagetrio.broadcast import Broadcasts
@@ -146,7 +156,7 @@ class TicketStage:
         """
         return TicketRequest(self, flow, cost, key, lease)
 
-    @trio.lowlevel.enable_ki_protection
+    @enable_ki_protection
     def ticket_nowait(
         self, flow: Hashable = None, *, cost: int = 1, key: Hashable = None, lease: float | None = None
     ) -> Ticket:
@@ -201,6 +211,8 @@ class TicketStage:
         # are kept, and park again with a deadline.
         for request in self._line:
             request._wake()
+        if self._front is not None:
+            self._front._wake()
 
     def statistics(self) -> TicketStatistics:
         """Return the figures of this stage. Cost: proportional to the number of leased tickets held."""
@@ -214,7 +226,7 @@ class TicketStage:
             tickets=self._tickets if limiter is None else limiter.total_tokens,
             held=self._tickets - self._free if limiter is None else self._held,
             holders=self._fence - self._returned,
-            waiting=self._line.waiting,
+            waiting=self._waiting(),
             granted=self._fence,
             refused=self._refused,
             gave_up=self._gave_up,
@@ -226,20 +238,21 @@ class TicketStage:
         )
 
     def __repr__(self) -> str:
-        return f"<TicketStage {self.name!r}: {self._fence - self._returned} hold, {self._line.waiting} wait>"
+        return f"<TicketStage {self.name!r}: {self._fence - self._returned} hold, {self._waiting()} wait>"
 
     # Granting and giving back. All of it is synchronous; only a `TicketRequest` waits.
 
     def _grant_now(self, ticket: Ticket) -> bool:
         """Grant `ticket` if it is free and nobody is before; say whether it was."""
         cost = ticket.cost
-        if ticket.key is not None or not 0 < cost <= self._free or self._line.size or not self._open:
-            return self._grant_slowly(ticket)
-        self._free -= cost
-        self._fence = ticket.fence = self._fence + 1
-        if self._leasing or ticket._lease is not None:
-            self._lease(ticket)
-        return True
+        if ticket.key is None and self._open:
+            if self._line.size:
+                if 0 < cost <= self._tickets:
+                    return False
+            elif 0 < cost <= self._free:
+                self._grant(ticket)
+                return True
+        return self._grant_slowly(ticket)
 
     def _grant_slowly(self, ticket: Ticket) -> bool:
         if self._is_closed():
@@ -247,7 +260,7 @@ class TicketStage:
         most = max(1, self._tickets) if self._limiter is None else math.inf
         if not 1 <= ticket.cost <= most:
             raise ValueError(f"cost must be between 1 and the {most} tickets of {self.name!r}, not {ticket.cost!r}")
-        if self._line.size or (ticket.key is not None and self._line.busy(ticket.key)):
+        if self._line.size or self._front is not None or (ticket.key is not None and self._line.busy(ticket.key)):
             return False
         if self._limiter is not None:
             loan = Loan(self._limiter, ticket.cost)
@@ -305,34 +318,18 @@ class TicketStage:
         """Grant to the head of the line as long as there is enough for it; or call it forward, to the limiter."""
         if not self._open and self._is_closed():
             return
-        line = self._line
-        while (request := line.head()) is not None:
-            if self._limiter is not None:
-                if self._front is None:
-                    self._front = request
-                    request._wake()
-                return
-            if request.cost > self._free:
-                return
-            line.serve(request)
+        if self._limiter is not None:
+            if self._front is None and (request := self._line.take(math.inf)) is not None:
+                self._front = request
+                request._wake()
+            return
+        take = self._line.take
+        while self._free > 0 and (request := take(self._free)) is not None:
             self._grant(request)
             request._wake()
 
-    def _join(self, request: TicketRequest) -> None:
-        """Let `request` wait, in line or behind its key; it may be granted at once."""
-        if self._line.waiting >= self.max_waiting:
-            self._refuse("waiting")
-        if self.max_wait < math.inf:
-            request._patience = trio.current_time() + self.max_wait
-        if self._line.add(request):
-            self._hand_over()
-
-    def _withdraw(self, request: TicketRequest) -> None:
-        """End the wait of `request` as if it had never come."""
-        self._line.remove(request)
-        if self._front is request:
-            self._front = None
-        self._hand_over()
+    def _waiting(self) -> int:
+        return self._line.waiting + (self._front is not None)
 
     def _is_closed(self) -> bool:
         return not self._open and trio.current_time() >= self._closes_at
@@ -340,44 +337,62 @@ class TicketStage:
     def _refuse(self, reason: str) -> NoReturn:
         """Refuse, with the time to come back by the pace at which tickets were given back lately."""
         self._refused += 1
-        seconds = self._pace.seconds_for(self._line.waiting + 1, self._returned, trio.current_time())
+        seconds = self._pace.seconds_for(self._waiting() + 1, self._returned, trio.current_time())
         raise Overloaded(reason, seconds or (self.lease if self.lease < math.inf else 0.0))
 
 
 class TicketRequest(Ticket):
     """A ticket that is asked for: ``async with`` it waits for the grant, and it can be watched meanwhile."""
 
-    __slots__ = ("_patience", "_scope_in_limiter", "_task", "aborted", "has_key", "in_line", "number")
-
-    def __init__(self, stage: TicketStage, flow: Hashable, cost: int, key: Hashable, lease: float | None) -> None:
-        super().__init__(stage, flow, cost, key, lease)
-        self.number = 0
-        self.in_line = False
+    __slots__ = ("_patience", "_scope_in_limiter", "_task", "has_key", "in_line", "number", "waits")
 
     _stage: TicketStage
+    _patience: float
+    """When to stop waiting."""
+    _scope_in_limiter: trio.CancelScope | None
+    _task: Task | None
+    """Who is parked."""
+    has_key: bool
+    in_line: bool
+    number: int
+    waits: bool
 
     @property
     def position(self) -> int:
         """How many would be served up to and including this one, by what is known now; 0 when it does not wait."""
-        return self._stage._line.position(self) if self.number else 0
+        if self.fence or self._left is not None or not hasattr(self, "number"):
+            return 0
+        front = self._stage._front
+        return 1 if front is self else self._stage._line.position(self) + (front is not None)
 
     def __enter__(self) -> NoReturn:
         raise RuntimeError("a ticket that may have to wait is entered by 'async with'")
 
-    @trio.lowlevel.enable_ki_protection
+    @enable_ki_protection
     async def __aenter__(self) -> Ticket:
-        if self.fence or self.number:
+        if self.fence:
             raise RuntimeError("a ticket request can be entered once")
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if self._stage._grant_now(self):
-            await trio.lowlevel.cancel_shielded_checkpoint()
+        stage = self._stage
+        if stage._free or stage._limiter is not None:  # else it has to wait, and notices a cancellation then
+            await checkpoint_if_cancelled()
+        if stage._grant_now(self) or self._join():
+            await cancel_shielded_checkpoint()
         else:
-            await self._wait()
+            try:
+                while not self.fence:
+                    if stage._front is self or not stage._open or self._patience < math.inf:
+                        await self._step()
+                    else:
+                        self._task = current_task()
+                        await wait_task_rescheduled(self._abort)
+            except BaseException as error:
+                self._withdraw(isinstance(error, trio.Cancelled))
+                raise
         if self.leased:
             self._enter_scope()
         return self
 
-    @trio.lowlevel.enable_ki_protection
+    @enable_ki_protection
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
@@ -390,31 +405,35 @@ class TicketRequest(Ticket):
             self._stage._give_back(self, exc is None)
         return False
 
-    async def _wait(self) -> None:
+    def _join(self) -> bool:
+        """Stand in line, or behind the key; say whether that was enough for a grant."""
+        if hasattr(self, "number"):
+            raise RuntimeError("a ticket request can be entered once")
         stage = self._stage
-        self._task: trio.lowlevel.Task | None = None
-        self._scope_in_limiter: trio.CancelScope | None = None
-        self._patience = math.inf
-        self.aborted = False
+        line = stage._line
+        if line.waiting + (stage._front is not None) >= stage.max_waiting:
+            stage._refuse("waiting")
+        self._task = None
+        self._scope_in_limiter = None
+        self._patience = math.inf if stage.max_wait == math.inf else trio.current_time() + stage.max_wait
         self.has_key = False
-        stage._join(self)
-        if self.fence:
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            return
-        try:
-            while not self.fence:
-                if stage._front is self or not stage._open or self._patience < math.inf:
-                    await self._step()
-                else:
-                    self._task = trio.lowlevel.current_task()
-                    await trio.lowlevel.wait_task_rescheduled(self._abort)
-        except BaseException as error:
-            self._left = stage._broadcasts.sent
-            if self._messages is not None:
-                self._messages._finish(self._left)
-            stage._gave_up += isinstance(error, trio.Cancelled)
-            stage._withdraw(self)
-            raise
+        line.add(self)
+        if stage._free or stage._limiter is not None:
+            stage._hand_over()
+        return self.fence > 0
+
+    def _withdraw(self, cancelled: bool) -> None:
+        """End the wait as if it had never begun."""
+        stage = self._stage
+        self._left = stage._broadcasts.sent
+        if self._messages is not None:
+            self._messages._finish(self._left)
+        stage._gave_up += cancelled
+        if stage._front is self:
+            stage._front = None
+            stage._line.refund(self)
+        stage._line.remove(self)
+        stage._hand_over()
 
     async def _step(self) -> None:
         """Wait until something happens: a grant, a call forward, the closing of the stage, the end of the patience."""
@@ -424,8 +443,8 @@ class TicketRequest(Ticket):
                 self._scope_in_limiter = scope
                 await self._borrow()
             else:
-                self._task = trio.lowlevel.current_task()
-                await trio.lowlevel.wait_task_rescheduled(self._abort)
+                self._task = current_task()
+                await wait_task_rescheduled(self._abort)
         if not self.fence and stage._is_closed():
             raise trio.ClosedResourceError(f"{stage!r} is closed")
         if not self.fence and trio.current_time() >= self._patience:
@@ -438,19 +457,18 @@ class TicketRequest(Ticket):
         loan = Loan(stage._limiter, self.cost)
         await loan.take()
         stage._front = None
-        stage._line.serve(self)
         stage._lend(self, loan)
         stage._hand_over()
 
-    def _abort(self, _: Any) -> trio.lowlevel.Abort:
-        self.aborted = True
+    def _abort(self, _: Any) -> Abort:
+        self.waits = False
         self._task = None
-        return trio.lowlevel.Abort.SUCCEEDED
+        return Abort.SUCCEEDED
 
     def _wake(self) -> None:
         """Let the waiting task look around."""
         if self._task is not None:
-            trio.lowlevel.reschedule(self._task)
+            reschedule(self._task)
             self._task = None
         if self._scope_in_limiter is not None:
             self._scope_in_limiter.deadline = min(self._patience, self._stage._closes_at)

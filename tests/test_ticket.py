@@ -99,7 +99,9 @@ async def test_flows_are_served_in_turn(make: Make, autojump_clock: MockClock) -
         await wait_all_tasks_blocked()
         for _ in range(3):
             nursery.start_soon(work, "polite")
-    assert [turn for turn, flow in enumerate(order) if flow == "polite"] in ([2, 4, 6], [1, 3, 5], [2, 3, 5])
+    turns = [turn for turn, flow in enumerate(order) if flow == "polite"]
+    assert turns[0] <= 3  # one holds, one may be on its way, one that came earlier
+    assert [turns[1] - turns[0], turns[2] - turns[1]] == [2, 2]
     assert len(order) == 103
 
 
