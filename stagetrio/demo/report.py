@@ -67,7 +67,7 @@ class Row:
             return f"{verdict} by {100 * (high - low):.3g} points"
         if verdict == "even" or self.unit == "clients" or low <= 0:
             return verdict
-        return f"{verdict} {high / low:.3g}x"
+        return f"{verdict} {high / low:.1f}x" if high < 10 * low else f"{verdict} {high / low:,.0f}x"
 
     def text(self, value: float | None) -> str:
         """A value of this row as people read it."""
