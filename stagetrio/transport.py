@@ -48,6 +48,10 @@ class Transport(Protocol):
             OSError: The connection is gone.
         """
 
+    @property
+    def busy(self) -> bool:
+        """Whether bytes taken by `write` are still here; ``on_writable`` follows when they are gone."""
+
     def unacknowledged(self) -> int:
         """Return how many of the bytes taken by `write` the other side's kernel has not, as far as can be told."""
 
@@ -111,6 +115,10 @@ class HubTransport:
             self._watch()
         return sent
 
+    @property
+    def busy(self) -> bool:
+        return False
+
     def unacknowledged(self) -> int:
         if sys.platform == "win32":
             return 0
@@ -142,7 +150,6 @@ class StreamTransport:
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
         self._may_read = trio.Event()
-        self._may_read.set()
         self._output = b""  # what the writer has in hand
         self._ending = False
         self._has_output = trio.Event()
@@ -150,6 +157,7 @@ class StreamTransport:
 
     def start(self, on_data: OnData, on_end: OnEnd, on_writable: OnWritable) -> None:
         self._on_data, self._on_end, self._on_writable = on_data, on_end, on_writable
+        self._may_read.set()
 
     async def run(self) -> None:
         """Carry bytes until `close`, and then close the stream; run it in the connection's nursery.
@@ -166,6 +174,7 @@ class StreamTransport:
 
     async def _read(self) -> None:
         error: OSError | None = None
+        await self._may_read.wait()
         try:
             while data := await self._stream.receive_some(READ_SIZE):
                 self._on_data(bytes(data))
@@ -198,6 +207,10 @@ class StreamTransport:
         self._output = data
         self._has_output.set()
         return len(data)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._output)
 
     def unacknowledged(self) -> int:
         return len(self._output)

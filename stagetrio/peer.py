@@ -1,0 +1,540 @@
+"""One connection, from the bytes that come to the bytes that go.
+
+Theory of operation. A peer is driven from three sides, all of them synchronous and in Trio's thread: its transport
+hands it bytes, its host (the server) tells it what became of its messages, and the reaper looks whether it keeps its
+rules. What it holds is bounded:
+
+================= ==================================================== =======================================
+held              bound                                                at the bound
+================= ==================================================== =======================================
+partial frame     the framing's ``max_bytes``                          the peer's mistake: the connection ends
+queued messages   ``max_decoded``, those in hand included              the socket is not read
+frames read       those of one read (64 KiB), not queued yet           the socket is not read
+output            ``max_outbox_bytes``, and the replies to what is     the socket is not read; ``send_nowait`` is
+                  queued                                               refused, ``send`` waits
+================= ==================================================== =======================================
+
+The states, and what leads from one to the next::
+
+    OPEN ──close, mistake, rule broken──▶ CLOSING ──output written──▶ LINGERING ──the other side closes──▶ CLOSED
+      ╰──the connection is lost, from any state─────────────────────────────────────────────────────────────▲
+                                  CLOSING and LINGERING last at most ``linger`` seconds ────────────────────╯
+
+Orderly ends (the peer has finished sending, a mistake after good frames, a drain) first serve what was received:
+reading stops, and CLOSING follows when the last queued message is done. After that the farewell is written, the output
+is shut down, and input is read and thrown away until the other side closes too: closing a socket with unread input
+makes the kernel send a reset, which may overtake the last reply.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Awaitable, Callable, Hashable
+from math import inf
+from typing import Any, Generic, Protocol, TypeVar, TypeVarTuple
+
+import attrs
+import trio
+
+from stagetrio.framing import FrameDecoder, ProtocolError
+from stagetrio.limiter import Overloaded
+from stagetrio.rules import CloseReason, PeerLimits
+from stagetrio.sockets import Address
+from stagetrio.transport import Transport
+
+M = TypeVar("M")
+Ts = TypeVarTuple("Ts")
+
+
+class _State(enum.IntEnum):
+    OPEN = 0
+    CLOSING = 1
+    LINGERING = 2
+    CLOSED = 3
+
+
+@attrs.frozen
+class PeerStatistics:
+    """What one connection has carried and holds.
+
+    Args:
+        frames_received: Complete frames.
+        bytes_received: Bytes of input.
+        bytes_sent: Bytes of output taken by the kernel.
+        backlog: Messages queued or in hand.
+        outbox_bytes: Output not yet taken by the kernel.
+        paused: Whether the socket is left unread.
+    """
+
+    frames_received: int
+    bytes_received: int
+    bytes_sent: int
+    backlog: int
+    outbox_bytes: int
+    paused: bool
+
+
+class Host(Protocol):
+    """What a peer needs of its server."""
+
+    limits: PeerLimits
+
+    def admit(self, peer: Peer[Any], frames: list[bytes]) -> tuple[int, int]:
+        """Queue frames; return how many were queued and how many refused; `Peer.advance` follows for the rest."""
+
+    def touch(self, peer: Peer[Any]) -> None:
+        """Call `Peer.flush` soon."""
+
+    def check_at(self, peer: Peer[Any], when: float, check: Callable[[float], float]) -> None:
+        """Have the reaper call a check."""
+
+    def frame_of(self, message: Any) -> bytes:
+        """Return the bytes of one frame with a message in it."""
+
+    def farewell(self, words: str) -> bytes | None:
+        """Return the frame which tells a peer why its connection ends, if this wire has one."""
+
+    def move(self, peer: Peer[Any], flow: Hashable) -> None:
+        """Let the peer's further messages belong to another flow."""
+
+    def spawn(self, peer: Peer[Any], fn: Callable[..., Awaitable[object]], args: tuple[Any, ...]) -> None:
+        """Start a task in the scope of this connection."""
+
+    def ending(self, peer: Peer[Any], reason: CloseReason) -> None:
+        """Drop what is queued for a peer that is no longer open."""
+
+    def gone(self, peer: Peer[Any]) -> None:
+        """Forget a peer."""
+
+
+class Peer(Generic[M]):
+    """The other side of one connection, as handlers see it.
+
+    Made by the server. Anything may be kept in `data`, for as long as the connection lasts.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_address",
+        "_backlog",
+        "_blocked",
+        "_bytes_received",
+        "_bytes_sent",
+        "_decoder",
+        "_end_after",
+        "_eof",
+        "_flow",
+        "_frame_began",
+        "_frames_received",
+        "_host",
+        "_last_frame",
+        "_leftover",
+        "_out",
+        "_out_bytes",
+        "_output_mark",
+        "_paused",
+        "_reason",
+        "_room",
+        "_started",
+        "_state",
+        "_touched",
+        "_transport",
+        "_watching_frame",
+        "_watching_output",
+        "channel",
+        "data",
+    )
+
+    def __init__(self, host: Host, transport: Transport, address: Address | None, decoder: FrameDecoder) -> None:
+        self.data: Any = None
+        self.channel: Any = None  # the host's: where this peer's messages go
+        self._host = host
+        self._transport = transport
+        self._address = address
+        self._decoder = decoder
+        self._flow: Hashable = self
+        self._state = _State.OPEN
+        self._reason: CloseReason | None = None
+        self._end_after: tuple[CloseReason, str] | None = None
+        self._eof = False
+        self._backlog = 0
+        self._leftover: list[bytes] = []
+        self._started = False
+        self._paused = False
+        self._out: list[bytes] = []
+        self._out_bytes = 0
+        self._touched = False
+        self._blocked = True  # the kernel has no room for output, or `start` is still to come
+        self._room: trio.Event | None = None  # what `send` waits for
+        self._frames_received = self._bytes_received = self._bytes_sent = 0
+        self._last_frame = -inf
+        self._frame_began = (0.0, 0)  # when the partial frame began, and how many bytes had been received before it
+        self._watching_frame = self._watching_output = False
+        self._output_mark = 0  # bytes the other side had read when its reading was last looked at
+
+    def __repr__(self) -> str:
+        return f"<Peer {self._address} {self._state.name.lower()}>"
+
+    @property
+    def address(self) -> Address | None:
+        """Where the other side is, or None for a stream that cannot tell."""
+        return self._address
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is closed or about to be: nothing sent from now on arrives."""
+        return self._state is not _State.OPEN
+
+    @property
+    def close_reason(self) -> CloseReason | None:
+        """Why the connection ended, or None while it is open."""
+        return self._reason
+
+    @property
+    def flow(self) -> Hashable:
+        """Whose share this peer's messages take from; set it when the other side has said who it is.
+
+        Messages already queued stay where they are.
+        """
+        return self._flow
+
+    @flow.setter
+    def flow(self, flow: Hashable) -> None:
+        self._flow = flow
+        if not self.closed:
+            self._host.move(self, flow)
+
+    def statistics(self) -> PeerStatistics:
+        """Return a snapshot of the counts."""
+        return PeerStatistics(
+            frames_received=self._frames_received,
+            bytes_received=self._bytes_received,
+            bytes_sent=self._bytes_sent,
+            backlog=self._backlog + len(self._leftover),
+            outbox_bytes=self._out_bytes,
+            paused=self._paused,
+        )
+
+    def send_nowait(self, message: M) -> None:
+        """Queue a message for the other side; it is written when the current slice ends.
+
+        Raises:
+            Overloaded: The outbox is full; its reason is ``"outbox"``.
+            trio.ClosedResourceError: The connection has ended.
+            TypeError: The codec does not know the message.
+            ValueError: The message is longer than a frame.
+        """
+        self.send_frame_nowait(self._host.frame_of(message))
+
+    def send_frame_nowait(self, frame: bytes) -> None:
+        """Queue the bytes of a whole frame, as `send_nowait` would; for one message to many peers, encoded once."""
+        if self._state:
+            raise trio.ClosedResourceError(f"the connection has ended ({self._reason_value()})")
+        if self._out_bytes >= self._host.limits.max_outbox_bytes:
+            raise Overloaded("outbox")
+        self.put(frame)
+
+    async def send(self, message: M) -> None:
+        """Queue a message for the other side as soon as its outbox has room.
+
+        Raises:
+            trio.ClosedResourceError: The connection has ended, or ends while this waits.
+            TypeError: The codec does not know the message.
+            ValueError: The message is longer than a frame.
+
+        Checkpoints: always; cancelled, the message was not queued.
+        """
+        frame = self._host.frame_of(message)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._state and self._out_bytes >= self._host.limits.max_outbox_bytes:
+            if self._room is None:
+                self._room = trio.Event()
+            await self._room.wait()
+        self.send_frame_nowait(frame)
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def start_soon(self, fn: Callable[[*Ts], Awaitable[object]], *args: *Ts) -> None:
+        """Start a task that lives at most as long as the connection: it is cancelled when that ends.
+
+        Raises:
+            trio.ClosedResourceError: The connection has ended.
+        """
+        if self._state:
+            raise trio.ClosedResourceError(f"the connection has ended ({self._reason_value()})")
+        self._host.spawn(self, fn, args)
+
+    def close(self, reason: str = "closed by the server") -> None:
+        """End the connection: what is queued of its messages is dropped, what was sent to it still arrives.
+
+        Args:
+            reason: Told to the other side where the wire has words for it.
+        """
+        self.end(CloseReason.CLOSED, reason)
+
+    # What follows is for the host.
+
+    def start(self) -> None:
+        """Begin to read and to write."""
+        if self._state is _State.CLOSED:
+            return
+        limits = self._host.limits
+        now = trio.current_time()
+        self._host.check_at(self, now + limits.first_frame_within, self._check_silence)
+        if limits.idle_within != inf:
+            self._last_frame = now
+            self._host.check_at(self, now + limits.idle_within, self._check_idle)
+        self._started = True
+        self._transport.start(self._on_data, self._on_end, self._on_writable)
+        if self._paused:
+            self._transport.pause()
+        self._on_writable()
+
+    def put(self, frame: bytes) -> None:
+        """Append to the outbox whatever its size: replies, which the messages in hand bound."""
+        self._out.append(frame)
+        self._out_bytes += len(frame)
+        if not self._touched:
+            self._touched = True
+            self._host.touch(self)
+
+    def done(self) -> None:
+        """One of the messages taken by `Host.admit` has been handled or dropped."""
+        self._backlog -= 1
+        if self._paused or self._end_after is not None:
+            self.advance()
+
+    def advance(self) -> None:
+        """Go on with what had to wait: frames read before, the socket, the end."""
+        if self._state:
+            return
+        limits = self._host.limits
+        if self._backlog > limits.max_decoded // 2:
+            return
+        if self._leftover:
+            frames, self._leftover = self._leftover, []
+            self._admit(frames)
+        if self._leftover:
+            return
+        if self._end_after is not None:
+            if not self._backlog:
+                self.end(*self._end_after)
+        elif self._paused and self._out_bytes <= limits.max_outbox_bytes:
+            self._paused = False
+            self._transport.resume()
+
+    def end_when_served(self, reason: CloseReason, words: str) -> None:
+        """Stop reading, and end the connection when everything received before has been served."""
+        if self._state or self._end_after is not None:
+            return
+        self._end_after = (reason, words)
+        self._pause()
+        self.advance()
+
+    def end(self, reason: CloseReason, words: str) -> None:
+        """Say farewell and close, within the linger time."""
+        if self._state:
+            return
+        self._leave(_State.CLOSING, reason)
+        if reason is not CloseReason.ENDED:
+            farewell = self._host.farewell(words)
+            if farewell is not None:
+                self.put(farewell)
+        if self._paused and self._started and not self._eof:
+            self._transport.resume()
+        self._host.check_at(self, trio.current_time() + self._host.limits.linger, self._check_linger)
+        if not self._touched:
+            self._touched = True
+            self._host.touch(self)
+
+    def abort(self, reason: CloseReason) -> None:
+        """Close at once, whatever is pending."""
+        if self._state is _State.CLOSED:
+            return
+        if not self._state:
+            self._leave(_State.CLOSED, reason)
+        self._state = _State.CLOSED
+        self._out.clear()
+        self._out_bytes = 0
+        self._transport.close()
+        self._host.gone(self)
+
+    def flush(self) -> None:
+        """Write as much of the outbox as the kernel takes."""
+        self._touched = False
+        if self._blocked or self._state is _State.CLOSED:
+            return
+        out = self._out
+        if out:
+            data = b"".join(out) if len(out) > 1 else out[0]
+            out.clear()
+            try:
+                sent = self._transport.write(data)
+            except OSError:
+                self.abort(CloseReason.RESET)
+                return
+            self._bytes_sent += sent
+            self._out_bytes = len(data) - sent
+            if self._out_bytes:
+                out.append(data[sent:])
+                self._output_blocked()
+                return
+        if self._room is not None and self._out_bytes < self._host.limits.max_outbox_bytes:
+            self._room.set()
+            self._room = None
+        if self._state is _State.CLOSING:
+            self._blocked = self._transport.busy
+            if not self._blocked:
+                self._linger()
+        elif self._paused:
+            self.advance()
+
+    def _reason_value(self) -> str:
+        return "" if self._reason is None else self._reason.value
+
+    def _leave(self, state: _State, reason: CloseReason) -> None:
+        self._state = state
+        self._reason = reason
+        self._leftover.clear()
+        if self._room is not None:
+            self._room.set()
+            self._room = None
+        self._host.ending(self, reason)
+
+    def _linger(self) -> None:
+        self._state = _State.LINGERING
+        try:
+            self._transport.end_output()
+        except OSError:
+            self._eof = True
+        if self._eof:
+            self.abort(CloseReason.ENDED)
+
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            if self._started:
+                self._transport.pause()
+
+    def _on_data(self, data: bytes) -> None:
+        if self._state:
+            return
+        began = self._bytes_received
+        self._bytes_received = began + len(data)
+        decoder = self._decoder
+        partial = decoder.buffered
+        try:
+            frames = decoder.receive_data(data)
+        except ProtocolError as error:
+            if error.frames:
+                self._received(error.frames)
+            self.end_when_served(CloseReason.PROTOCOL, error.reason)
+            return
+        if decoder.buffered and (frames or not partial):
+            self._frame_began = (trio.current_time(), self._bytes_received - decoder.buffered)
+            if not self._watching_frame:
+                self._watching_frame = True
+                when = self._frame_began[0] + self._host.limits.frame_within
+                self._host.check_at(self, when, self._check_frame)
+        if frames:
+            self._received(frames)
+
+    def _received(self, frames: list[bytes]) -> None:
+        self._frames_received += len(frames)
+        if self._host.limits.idle_within != inf:
+            self._last_frame = trio.current_time()
+        self._admit(frames)
+
+    def _admit(self, frames: list[bytes]) -> None:
+        limits = self._host.limits
+        while frames:
+            room = limits.max_decoded - self._backlog
+            if room <= 0:
+                break
+            queued, refused = self._host.admit(self, frames if len(frames) <= room else frames[:room])
+            self._backlog += queued
+            frames = frames[queued + refused :]
+            if not refused:
+                break
+        if frames:
+            self._leftover = frames
+            self._pause()
+        elif self._backlog >= limits.max_decoded or self._out_bytes > limits.max_outbox_bytes:
+            self._pause()
+
+    def _on_end(self, error: OSError | None) -> None:
+        self._eof = True
+        if error is not None:
+            self.abort(CloseReason.RESET)
+        elif self._state is _State.LINGERING:
+            self.abort(CloseReason.ENDED)
+        elif not self._state:
+            self._paused = True
+            try:
+                self._decoder.receive_eof()
+            except ProtocolError as mistake:
+                self.end_when_served(CloseReason.PROTOCOL, mistake.reason)
+            else:
+                self.end_when_served(CloseReason.ENDED, "")
+
+    def _on_writable(self) -> None:
+        self._blocked = False
+        self.flush()
+
+    def _output_blocked(self) -> None:
+        self._blocked = True
+        limits = self._host.limits
+        if self._out_bytes > limits.max_outbox_bytes and not self._state:
+            self._pause()
+        if not self._watching_output:
+            self._watching_output = True
+            self._output_mark = self._bytes_sent - self._transport.unacknowledged()
+            self._host.check_at(self, trio.current_time() + limits.send_grace, self._check_output)
+
+    def _check_output(self, now: float) -> float:
+        if self._state is _State.CLOSED or not self._blocked:
+            self._watching_output = False
+            return inf
+        limits = self._host.limits
+        read = self._bytes_sent - self._transport.unacknowledged()
+        if read - self._output_mark < limits.min_send_rate * limits.send_grace:
+            self.abort(CloseReason.SLOW_READER)  # a farewell would only join what is not being read
+            return inf
+        self._output_mark = read
+        return now + limits.send_grace
+
+    def _check_frame(self, now: float) -> float:
+        if self._state or not self._decoder.buffered:
+            self._watching_frame = False
+            return inf
+        limits = self._host.limits
+        if self._paused:  # it is we who are not reading
+            self._frame_began = (now, self._bytes_received)
+        began, mark = self._frame_began
+        if now < began + limits.frame_within:
+            return began + limits.frame_within
+        if limits.min_receive_rate and self._bytes_received - mark >= limits.min_receive_rate * (now - began):
+            return now + 1.0
+        self.end(CloseReason.SLOW_FRAME, f"a frame took longer than {limits.frame_within:g} s")
+        return inf
+
+    def _check_silence(self, now: float) -> float:
+        # A frame that has begun is the affair of the next rule.
+        if not (self._state or self._frames_received or self._paused or self._decoder.buffered):
+            within = self._host.limits.first_frame_within
+            self.end(CloseReason.SILENT, f"no message came within {within:g} s")
+        return inf
+
+    def _check_idle(self, now: float) -> float:
+        if self._state:
+            return inf
+        within = self._host.limits.idle_within
+        if self._backlog or self._paused:
+            return now + within
+        if now < self._last_frame + within:
+            return self._last_frame + within
+        self.end(CloseReason.IDLE, f"no message came for {within:g} s")
+        return inf
+
+    def _check_linger(self, now: float) -> float:
+        self.abort(CloseReason.RESET)
+        return inf

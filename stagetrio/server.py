@@ -1,0 +1,513 @@
+"""The way of a message, put together for listeners: socket, frame, fair queue, worker, handler, outbox, socket.
+
+Theory of operation. Every connection is a `Peer`, all of them read by one hub (or by a task each, where there is no
+plain socket). Frames go undecoded into one fair queue, under the flow of their peer, and are decoded by the worker that
+serves them, so a flow pays for its own decoding. What the handler returns goes into the peer's outbox. Outboxes are
+written when the slice of the stage's leader ends: one system call per connection and slice, however many replies; what
+is sent from other tasks is written by a flusher in the next pass of Trio's loop.
+
+Backpressure goes all the way to the sender: a peer whose messages the queue does not take is not read until there is
+room, and its kernel tells its TCP. With ``refuse`` the message is answered by a refusal instead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
+from functools import partial
+from itertools import islice
+from math import inf
+from typing import Any, Generic, TypeVar, cast
+
+import attrs
+import trio
+from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
+
+from stagetrio.accept import Acceptor
+from stagetrio.codec import Closed, Codec, Done, Failed, Refused
+from stagetrio.fair_queue import FairQueue
+from stagetrio.framing import Framing, LengthPrefixed, ProtocolError
+from stagetrio.hub import Hub
+from stagetrio.limiter import Overloaded
+from stagetrio.nursery_pool import NurseryPool, open_nursery_pool
+from stagetrio.pacer import Pacer
+from stagetrio.peer import Peer
+from stagetrio.reaper import Reaper
+from stagetrio.rules import CloseReason, PeerLimits
+from stagetrio.sockets import Address
+from stagetrio.stage import Stage, StageStatistics
+from stagetrio.transport import Transport
+
+M = TypeVar("M")
+Handler = Callable[[Peer[M], M], Coroutine[Any, Any, M | None]]
+Hook = Callable[[Peer[M]], Awaitable[object]]
+
+ROOM_BATCH = 16  # peers offered the room that a slice has made
+
+
+@attrs.frozen
+class ServerStatistics:
+    """What a server has done and is doing.
+
+    Args:
+        connections: Open now, closing ones included.
+        accepted: Connections accepted.
+        refused_connections: Connections turned away because there were ``max_connections``.
+        accept_errors: Times `accept` failed, among them those without descriptors or memory.
+        closed: ``{reason: connections}`` that ended so.
+        discarded: Messages dropped unhandled because their connection had ended.
+        refused: Messages answered by a refusal.
+        failed: Messages whose handler raised.
+        undeliverable: Replies whose connection had ended.
+        stage: The statistics of the stage and, within, of its queue.
+    """
+
+    connections: int
+    accepted: int
+    refused_connections: int
+    accept_errors: int
+    closed: dict[CloseReason, int]
+    discarded: int
+    refused: int
+    failed: int
+    undeliverable: int
+    stage: StageStatistics
+
+
+class StageServer(Generic[M]):
+    """A running server; `serve_stage` makes it and hands it over by ``task_status``."""
+
+    def __init__(
+        self,
+        handler: Handler[M],
+        *,
+        framing: Framing,
+        codec: Codec[M] | None,
+        limits: PeerLimits,
+        max_connections: float,
+        max_items: int,
+        workers: int,
+        refuse: bool,
+        flow: Callable[[Peer[M]], Hashable] | None,
+        weight: Callable[[Any], float] | None,
+        cost: Callable[[bytes], float] | None,
+        max_handling: float,
+        cancel_on_disconnect: bool,
+        tick: float,
+        on_error: Callable[[Peer[M], Exception], None] | None,
+        on_refused: Callable[[Peer[M], Overloaded], bytes | None] | None,
+        on_connect: Hook[M] | None,
+        on_disconnect: Hook[M] | None,
+    ) -> None:
+        self.limits = limits
+        self._handler = handler
+        self._framing = framing
+        self._codec = codec
+        self._max_connections = max_connections
+        self._refuse = refuse
+        self._flow = flow
+        self._cancel_on_disconnect = cancel_on_disconnect
+        self._on_error = on_error
+        self._on_refused = on_refused
+        self._on_connect = on_connect
+        self._on_disconnect = on_disconnect
+        self._queue: FairQueue[Any, tuple[Peer[M], bytes]] = FairQueue(max_items, weight=weight)
+        self._stage = Stage(
+            self._serve_bytes if codec is None else partial(self._serve_message, codec),
+            queue=self._queue,
+            workers=workers,
+            order_key=_peer_of,
+            on_error=self._handler_failed,
+            after_slice=self._after_slice,
+            max_handling=max_handling,
+            cost=None if cost is None else lambda item: cost(item[1]),
+        )
+        self._hub = Hub() if Hub.available else None
+        self._pacer = Pacer(tick) if tick else None
+        self._reaper = Reaper()
+        self._peers: dict[Peer[M], None] = {}
+        self._in_want_of_room: dict[Peer[M], None] = {}  # first come, first served
+        self._touched: list[Peer[Any]] = []
+        self._flusher: Task | None = None  # while it waits
+        self._scope = trio.CancelScope()
+        self._acceptor = Acceptor(self._hub, self._welcome)
+        self._emptied = trio.Event()
+        self._ended = trio.Event()
+        self._pool: NurseryPool
+        self._draining = False
+        self._closed: Counter[CloseReason] = Counter()
+        self._accepted = self._refused_connections = 0
+        self._discarded = self._refused = self._failed = self._undeliverable = 0
+
+    @property
+    def peers(self) -> tuple[Peer[M], ...]:
+        """The connections there are, oldest first."""
+        return tuple(self._peers)
+
+    def statistics(self) -> ServerStatistics:
+        """Return a snapshot of the counts."""
+        return ServerStatistics(
+            connections=len(self._peers),
+            accepted=self._accepted,
+            refused_connections=self._refused_connections,
+            accept_errors=self._acceptor.errors,
+            closed=dict(self._closed),
+            discarded=self._discarded,
+            refused=self._refused,
+            failed=self._failed,
+            undeliverable=self._undeliverable,
+            stage=self._stage.statistics(),
+        )
+
+    def broadcast(self, message: M, peers: Iterable[Peer[M]] | None = None) -> list[Peer[M]]:
+        """Send one message to many peers, encoded once.
+
+        Args:
+            message: What to send.
+            peers: To whom; None: to every open connection.
+
+        Returns:
+            The peers it was not queued for, because they are closed or their outbox is full.
+        """
+        frame = self.frame_of(message)
+        missed: list[Peer[M]] = []
+        for peer in self._peers if peers is None else peers:
+            try:
+                peer.send_frame_nowait(frame)
+            except (trio.ClosedResourceError, Overloaded):
+                missed.append(peer)
+        return missed
+
+    async def drain(self, grace: float) -> None:
+        """Stop accepting and reading, serve what was received, say farewell, and end the server.
+
+        Args:
+            grace: Seconds within which that is done; what is left then is closed and cancelled. ≥ 0.
+
+        Checkpoints: always. A cancellation leaves the server draining.
+        """
+        if not grace >= 0:
+            raise ValueError(f"grace must be a number of seconds, 0 or more, not {grace!r}")
+        self._scope.deadline = min(self._scope.deadline, trio.current_time() + grace)
+        if not self._draining:
+            self._draining = True
+            self._acceptor.close()
+            for peer in self.peers:
+                peer.end_when_served(CloseReason.DRAINED, "the server shuts down")
+            if not self._peers:
+                self._emptied.set()
+        await self._ended.wait()
+
+    async def wait_ended(self) -> None:
+        """Wait until the server has ended, by `drain` or by cancellation.
+
+        Checkpoints: always.
+        """
+        await self._ended.wait()
+
+    async def run(self, listeners: Sequence[trio.abc.Listener[Any]], started: Callable[[StageServer[M]], None]) -> None:
+        """Serve until drained or cancelled."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._flush_when_touched if self._pacer is None else self._pacer.run)
+                    nursery.start_soon(self._reaper.run)
+                    if self._hub is not None:
+                        nursery.start_soon(self._hub.run)
+                    await self._serve(listeners, started)
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._ended.set()
+            if self._hub is not None:
+                self._hub.close()
+
+    async def _serve(
+        self, listeners: Sequence[trio.abc.Listener[Any]], started: Callable[[StageServer[M]], None]
+    ) -> None:
+        async with open_nursery_pool(inf, on_error=self._on_error and self._hook_failed) as self._pool:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._stage.run)
+                    nursery.start_soon(self._acceptor.run, listeners, self._pool)
+                    started(self)
+                    await self._emptied.wait()
+                    self._queue.close()
+            finally:
+                for peer in self.peers:
+                    peer.abort(CloseReason.DRAINED)
+
+    def _hook_failed(self, error: Exception, key: Hashable | None) -> None:
+        assert self._on_error is not None
+        self._on_error(cast("Peer[M]", key), error)
+
+    def _welcome(self, transport: Transport, address: Address | None) -> None:
+        self._accepted += 1
+        peer: Peer[M] = Peer(self, transport, address, self._framing.decoder())
+        self._peers[peer] = None
+        self.move(peer, peer if self._flow is None else self._flow(peer))
+        if len(self._peers) > self._max_connections:
+            self._refused_connections += 1
+            peer.end(CloseReason.FULL, "the server has as many connections as it may")
+        elif self._on_connect is not None:
+            self._pool.spawn_nowait(self._connect, self._on_connect, peer, key=peer)
+            return
+        peer.start()
+
+    async def _connect(self, on_connect: Hook[M], peer: Peer[M]) -> None:
+        try:
+            await on_connect(peer)
+        except Exception:
+            peer.end(CloseReason.FAILED, "the server failed to take the connection")
+            raise
+        finally:
+            peer.start()
+
+    # Serving.
+
+    async def _serve_bytes(self, item: tuple[Peer[Any], bytes]) -> None:
+        peer, frame = item
+        if peer.closed:
+            self._discarded += 1
+            return
+        reply = await self._handler(peer, frame)  # type: ignore[arg-type]
+        if reply is not None:
+            self._reply(peer, self._framing.encode(cast("bytes", reply)))
+        peer.done()
+
+    async def _serve_message(self, codec: Codec[M], item: tuple[Peer[M], bytes]) -> None:
+        peer, frame = item
+        if peer.closed:
+            self._discarded += 1
+            return
+        try:
+            message, id = codec.decode(frame)
+        except ProtocolError as error:
+            peer.end(CloseReason.PROTOCOL, error.reason)
+            return
+        reply = await self._handler(peer, message)
+        if reply is not None:
+            self._reply(peer, self._framing.encode(codec.encode(reply, id)))
+        elif id is not None:
+            self._reply(peer, self._framing.encode(codec.encode(Done(), id)))
+        peer.done()
+
+    def _reply(self, peer: Peer[M], frame: bytes) -> None:
+        if peer.closed:
+            self._undeliverable += 1
+        else:
+            peer.put(frame)
+
+    def _handler_failed(self, item: tuple[Peer[M], bytes], error: Exception) -> None:
+        peer, frame = item
+        if isinstance(error, Overloaded):
+            self._refuse_message(peer, frame, error)
+        else:
+            self._failed += 1
+            if self._on_error is None:
+                raise error
+            self._on_error(peer, error)
+            words = str(error) if isinstance(error, trio.TooSlowError) else "the handler failed"
+            if self._codec is None:
+                peer.end(CloseReason.FAILED, words)
+            else:
+                self._answer(peer, frame, Failed(words))
+        peer.done()
+
+    def _refuse_message(self, peer: Peer[M], frame: bytes, overloaded: Overloaded) -> None:
+        self._refused += 1
+        if self._codec is not None:
+            self._answer(peer, frame, Refused(overloaded.reason, overloaded.retry_after))
+        elif self._on_refused is not None:
+            words = self._on_refused(peer, overloaded)
+            if words is not None:
+                self._reply(peer, self._framing.encode(words))
+
+    def _answer(self, peer: Peer[M], frame: bytes, answer: Refused | Failed) -> None:
+        """Reply to a message that was not handled, under its id."""
+        assert self._codec is not None
+        try:
+            _message, id = self._codec.decode(frame)
+        except ProtocolError as error:
+            peer.end(CloseReason.PROTOCOL, error.reason)
+        else:
+            self._reply(peer, self._framing.encode(self._codec.encode(answer, id)))
+
+    def _after_slice(self) -> None:
+        self._flush()
+        for peer in tuple(islice(self._in_want_of_room, ROOM_BATCH)):
+            del self._in_want_of_room[peer]
+            peer.advance()
+
+    def _flush(self) -> None:
+        while self._touched:
+            touched, self._touched = self._touched, []
+            for peer in touched:
+                peer.flush()
+
+    async def _flush_when_touched(self) -> None:
+        """Write what was sent outside of the leader's slices."""
+
+        def abort(_: RaiseCancelT) -> Abort:
+            self._flusher = None
+            return Abort.SUCCEEDED
+
+        while True:
+            self._flusher = current_task()
+            await wait_task_rescheduled(abort)
+            self._flush()
+
+    # What a peer needs of its host.
+
+    def admit(self, peer: Peer[Any], frames: list[bytes]) -> tuple[int, int]:
+        queued: int = peer.channel.send_many_nowait([(peer, frame) for frame in frames])
+        if queued == len(frames):
+            return queued, 0
+        if not self._refuse:
+            self._in_want_of_room[peer] = None
+            return queued, 0
+        for refused, frame in enumerate(frames[queued:]):
+            try:
+                peer.channel.send_nowait((peer, frame))
+            except Overloaded as overloaded:
+                self._refuse_message(peer, frame, overloaded)
+            else:
+                return queued + 1, refused
+        return queued, len(frames) - queued
+
+    def touch(self, peer: Peer[Any]) -> None:
+        if self._pacer is not None:
+            self._pacer.touch(peer.flush)
+            return
+        self._touched.append(peer)
+        if self._flusher is not None and not self._stage.serving:
+            flusher, self._flusher = self._flusher, None
+            reschedule(flusher)
+
+    def check_at(self, peer: Peer[Any], when: float, check: Callable[[float], float]) -> None:
+        self._reaper.at(when, check)
+
+    def frame_of(self, message: M) -> bytes:
+        if self._codec is None:
+            return self._framing.encode(cast("bytes", message))
+        return self._framing.encode(self._codec.encode(message))
+
+    def farewell(self, words: str) -> bytes | None:
+        if self._codec is None:
+            return None
+        return self._framing.encode(self._codec.encode(Closed(words)))
+
+    def move(self, peer: Peer[Any], flow: Hashable) -> None:
+        if peer.channel is not None:
+            peer.channel.close()
+        peer.channel = self._queue.open_flow(flow)
+
+    def spawn(self, peer: Peer[Any], fn: Callable[..., Awaitable[object]], args: tuple[Any, ...]) -> None:
+        self._pool.spawn_nowait(fn, *args, key=peer)
+
+    def ending(self, peer: Peer[Any], reason: CloseReason) -> None:
+        self._closed[reason] += 1
+        self._in_want_of_room.pop(peer, None)
+        if peer.flow is peer:  # a flow shared with other connections keeps its queue; the worker drops this peer's
+            self._discarded += len(self._queue.discard(peer))
+        peer.channel.close()
+        if self._cancel_on_disconnect:
+            self._stage.cancel(peer)
+
+    def gone(self, peer: Peer[Any]) -> None:
+        del self._peers[peer]
+        self._pool.cancel(peer, "the connection ended")
+        if self._on_disconnect is not None:
+            self._pool.spawn_nowait(self._on_disconnect, peer)
+        if self._draining and not self._peers:
+            self._emptied.set()
+
+
+def _peer_of(item: tuple[Peer[Any], bytes]) -> Peer[Any]:
+    return item[0]
+
+
+async def serve_stage(
+    handler: Handler[M],
+    listeners: Sequence[trio.abc.Listener[Any]],
+    *,
+    framing: Framing | None = None,
+    codec: Codec[M] | None = None,
+    flow: Callable[[Peer[M]], Hashable] | None = None,
+    weight: Callable[[Any], float] | None = None,
+    cost: Callable[[bytes], float] | None = None,
+    workers: int = 100,
+    max_items: int = 10_000,
+    max_connections: float = 10_000,
+    refuse: bool = False,
+    max_handling: float = inf,
+    cancel_on_disconnect: bool = False,
+    tick: float = 0.0,
+    limits: PeerLimits | None = None,
+    on_connect: Hook[M] | None = None,
+    on_disconnect: Hook[M] | None = None,
+    on_error: Callable[[Peer[M], Exception], None] | None = None,
+    on_refused: Callable[[Peer[M], Overloaded], bytes | None] | None = None,
+    task_status: trio.TaskStatus[StageServer[M]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve connections: each gets its fair share of the handler, and none can hurt the others.
+
+    Args:
+        handler: Called with a peer and each of its messages, in order, one at a time per peer. What it returns is the
+            reply; None is none (a message with an id is then answered by `stagetrio.codec.Done`). A handler that raises
+            `Overloaded` refuses the message.
+        listeners: Where connections come from, as `stagetrio.sockets.open_listeners` or trio opens them. They are
+            closed at the end.
+        framing: How messages lie on the wire; by default `LengthPrefixed` with up to 1 MiB.
+        codec: What the messages are; None: the handler gets and returns the ``bytes`` of the frames.
+        flow: Whose share a new peer's messages take from, for instance its address; by default each connection is a
+            flow. A handler that learns who the peer is sets `Peer.flow`.
+        weight: The share of a flow relative to others; by default 1.
+        cost: What a message costs, in any unit, judged by its payload (``len``; ``lambda payload: 1.0``); by default
+            the seconds its handler holds the loop, as measured. With declared costs no clock decides who is next.
+        workers: Handlers that may be waiting for something at once.
+        max_items: Messages queued, of all peers.
+        max_connections: Connections at once; one more is closed with a farewell.
+        refuse: Answer messages for which the queue has no room by a refusal, instead of leaving their socket unread.
+        max_handling: Seconds from a handler's first wait after which it is cancelled.
+        cancel_on_disconnect: Whether a handler is cancelled when its connection ends; by default it finishes.
+        tick: Seconds between two rounds of output; 0 writes at the end of every slice.
+        limits: The rules for every peer.
+        on_connect: Called with a new peer; nothing is read from it before this returns. `Peer.start_soon` starts what
+            shall live as long as the connection.
+        on_disconnect: Called with a peer that is gone.
+        on_error: Called with a peer and what its handler, or a hook, raised. The peer is told that it failed (by
+            `stagetrio.codec.Failed`, or, without a codec, by the end of its connection). Without ``on_error``, the
+            exception ends the server.
+        on_refused: Without a codec: what to answer to a refused message; None: nothing.
+        task_status: Gets the `StageServer` once it listens.
+
+    Raises:
+        ValueError, TypeError: An argument is out of range.
+
+    Checkpoints: throughout. A cancellation closes every connection without ceremony; `StageServer.drain` is the
+        orderly end, after which this returns.
+
+    Cost: about 2 µs of processor per message and direction when many are under way; one system call for reading and one
+        for writing per connection and slice.
+    """
+    server = StageServer(
+        handler,
+        framing=LengthPrefixed(1 << 20) if framing is None else framing,
+        codec=codec,
+        limits=PeerLimits() if limits is None else limits,
+        max_connections=max_connections,
+        max_items=max_items,
+        workers=workers,
+        refuse=refuse,
+        flow=flow,
+        weight=weight,
+        cost=cost,
+        max_handling=max_handling,
+        cancel_on_disconnect=cancel_on_disconnect,
+        tick=tick,
+        on_error=on_error,
+        on_refused=on_refused,
+        on_connect=on_connect,
+        on_disconnect=on_disconnect,
+    )
+    await server.run(listeners, task_status.started)

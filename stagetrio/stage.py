@@ -1,0 +1,403 @@
+"""A handler with a fair queue in front of it and a bounded number of workers behind: SEDA's stage.
+
+Theory of operation. Workers are persistent tasks, and at most one of them, the *leader*, takes messages. It takes a
+batch and runs the handlers inline, one after the other, in its own task: as long as none of them blocks, a message
+costs neither a task nor a task switch. At the first checkpoint of a handler that really waits, the leader passes its
+role, with the rest of the batch, to a *follower* (an idle worker, or a new one while there are fewer than ``workers``)
+and stays with its handler until that is done. So a stage whose handlers never wait runs in one task, and one whose
+handlers all wait runs ``workers`` of them at once.
+
+    idle ──woken──▶ leading ──handler waits──▶ occupied ──handler done──▶ leading, if nobody is, else idle
+
+- The leader works in slices. After `SLICE` seconds, or `BATCH` messages when costs are declared and no clock is read,
+  it calls ``after_slice`` and checkpoints, so that the sockets are read and every other task gets its turn.
+- A message is charged to its flow with the time its handler held the loop, over all of its steps, unless ``cost`` says
+  what it costs. Waiting costs nothing: it holds a worker, which ``workers`` bounds, but not the processor.
+- Order. A key is *in hand* while a handler with that key is occupied. A message whose key is in hand is parked behind
+  it, up to `MAX_PARKED`; from then on the flows that bring more are held in the queue. The worker in hand serves what
+  was parked, so a key in hand occupies one worker however much is waiting for it. A handler that does not wait cannot
+  overlap another one, so it needs no key, and the common path touches no table.
+- A worker runs inside one cancel scope for as long as nothing cancels it. A handler that is to be cancelled alone
+  (past ``max_handling``, or by `Stage.cancel`) takes that scope with it, and the worker goes on in a fresh one. (A
+  scope cannot be entered around a handler that has begun, and one per message would cost more than the message.)
+
+Rejected: handing each message to a parked worker (slower than spawning a task), and a task per message (ten times the
+cost of the whole path here).
+
+Source: Welsh, Culler, Brewer: SEDA (SOSP 2001); Schmidt et al.: Leader/Followers (POSA 2).
+"""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator, Hashable
+from math import inf
+from time import perf_counter
+from typing import Any, Generic, TypeVar
+
+import attrs
+import trio
+from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
+
+from stagetrio.fair_queue import Delivery, FairQueue
+from stagetrio.ticket import TicketStage
+
+T = TypeVar("T")
+_Handling = Coroutine[Any, Any, object]
+
+SLICE = 0.001  # seconds the leader serves before everyone else gets a turn
+BATCH = 64  # messages taken from the queue at once: what is taken is no longer reordered
+MAX_PARKED = 64  # messages parked behind one key in hand
+
+
+@attrs.frozen
+class StageStatistics:
+    """What a stage has done and is doing.
+
+    Args:
+        handled: Messages whose handler returned.
+        failed: Messages whose handler raised, among them the overdue.
+        overdue: Messages whose handler was cancelled for taking longer than ``max_handling``.
+        cancelled: Messages whose handler was cancelled by `Stage.cancel`.
+        occupied: Handlers that are waiting for something now.
+        parked: Messages waiting now behind a key in hand.
+        workers: Worker tasks now, occupied or not.
+        queue: The statistics of the queue.
+    """
+
+    handled: int
+    failed: int
+    overdue: int
+    cancelled: int
+    occupied: int
+    parked: int
+    workers: int
+    queue: Any
+
+
+class _Worker(Generic[T]):
+    """A worker task, and, while its handler is occupied, the key in hand and what waits behind it."""
+
+    __slots__ = ("cancelled", "delivery", "held", "key", "occupied", "parked", "scope", "spent", "task")
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.scope = trio.CancelScope()
+        self.occupied = False
+        self.cancelled = False  # by `Stage.cancel`, not by its deadline
+        self.delivery: Delivery[Any, T]  # the one in hand, and the seconds it has held the loop
+        self.spent = 0.0
+        self.key: Hashable = None
+        self.parked: deque[Delivery[Any, T]] = deque()  # at most MAX_PARKED and what was left of a batch
+        self.held: list[Hashable] = []  # flows held in the queue because they bring more of this key
+
+
+class Stage(Generic[T]):
+    """Serves what comes out of a fair queue.
+
+    Args:
+        handler: An async function, called with each item. Two items of one key never overlap.
+        queue: Where the items come from. The stage receives; whoever owns the queue sends and closes.
+        workers: How many handlers may be waiting for something at once; ≥ 1.
+        ticket: A ticket that each message needs before its handler starts.
+        order_key: What orders an item; by default its flow.
+        cost: What an item costs, in any unit; by default the seconds its handler held the loop, as measured.
+            A stage whose costs are declared reads no clock and is deterministic.
+        on_error: Called with an item and what its handler raised, instead of letting that end the stage. An overdue
+            handler raises `trio.TooSlowError`.
+        after_slice: Called when the leader is about to let others run: the place to write what the slice produced.
+        max_handling: Seconds from a handler's first wait after which it is cancelled.
+
+    Raises:
+        ValueError: ``workers`` or ``max_handling`` is out of range.
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[T], Coroutine[Any, Any, object]],
+        *,
+        queue: FairQueue[Any, T],
+        workers: int,
+        ticket: TicketStage | None = None,
+        order_key: Callable[[T], Hashable] | None = None,
+        cost: Callable[[T], float] | None = None,
+        on_error: Callable[[T, Exception], None] | None = None,
+        after_slice: Callable[[], None] | None = None,
+        max_handling: float = inf,
+    ) -> None:
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, not {workers!r}")
+        if not max_handling > 0:
+            raise ValueError(f"max_handling must be positive, not {max_handling!r}")
+        self._handler = handler
+        self._queue = queue
+        self._max_workers = workers
+        self._ticket = ticket
+        self._order_key = order_key
+        self._cost = cost
+        self._on_error = on_error
+        self._after_slice = after_slice or (lambda: None)
+        self._max_handling = max_handling
+        self._nursery: trio.Nursery | None = None
+        self._workers = 0
+        self._idle: dict[Task, None] = {}  # followers, the most recently parked last
+        self._leader: _Worker[T] | None = None
+        self._batch: list[Delivery[Any, T]] = []  # taken and not yet begun, the next one last
+        self._in_hand: dict[Hashable, _Worker[T]] = {}
+        self._occupied = 0
+        self._handled = self._failed = self._overdue = self._cancelled = 0
+        self._ended = False
+        #: Whether the leader is running handlers at this moment, so that ``after_slice`` is about to follow.
+        self.serving = False
+
+    def statistics(self) -> StageStatistics:
+        """Return a snapshot of the counts."""
+        return StageStatistics(
+            handled=self._handled,
+            failed=self._failed,
+            overdue=self._overdue,
+            cancelled=self._cancelled,
+            occupied=self._occupied,
+            parked=sum(len(in_hand.parked) for in_hand in self._in_hand.values()),
+            workers=self._workers,
+            queue=self._queue.statistics(),
+        )
+
+    async def run(self) -> None:
+        """Serve until the queue is closed and empty and every handler has returned; once per stage.
+
+        Raises:
+            RuntimeError: The stage runs already, or has run.
+
+        Checkpoints: throughout. A cancellation cancels the handlers; messages taken and not begun are dropped.
+        """
+        if self._nursery is not None:
+            raise RuntimeError("a stage runs once")
+        async with trio.open_nursery() as self._nursery:
+            self._start_worker()
+
+    def cancel(self, key: Hashable) -> bool:
+        """Cancel the handler that is occupied with this key; return whether there was one."""
+        worker = self._in_hand.get(key)
+        if worker is None or worker.scope.cancel_called:
+            return False
+        worker.cancelled = True
+        worker.scope.cancel()
+        return True
+
+    def _start_worker(self) -> None:
+        assert self._nursery is not None
+        self._workers += 1
+        self._nursery.start_soon(self._work)
+
+    async def _work(self) -> None:
+        worker: _Worker[T] = _Worker(current_task())
+        while worker.occupied or not self._ended:
+            if not worker.occupied and self._leader is not None:
+                await self._follow(worker)
+                continue
+            with trio.CancelScope() as worker.scope:
+                if worker.occupied:
+                    await self._serve_parked(worker)
+                else:
+                    await self._lead(worker)
+            if worker.scope.cancelled_caught:
+                self._settle_cancelled(worker)
+        self._workers -= 1
+
+    async def _follow(self, worker: _Worker[T]) -> None:
+        self._idle[worker.task] = None
+
+        def abort(_: RaiseCancelT) -> Abort:
+            self._idle.pop(worker.task, None)
+            return Abort.SUCCEEDED
+
+        await wait_task_rescheduled(abort)
+
+    def _hand_over(self) -> None:
+        self._leader = None
+        self.serving = False
+        if self._idle:
+            reschedule(self._idle.popitem()[0])
+        elif self._workers < self._max_workers:
+            self._start_worker()
+        else:
+            self._after_slice()
+
+    def _end(self) -> None:
+        self._ended = True
+        for task in self._idle:
+            reschedule(task)
+        self._idle.clear()
+
+    async def _lead(self, worker: _Worker[T]) -> None:
+        """Take and serve until this worker has handed over or the queue has ended."""
+        self._leader = worker
+        try:
+            while self._leader is worker:
+                if not self._batch:
+                    self._batch = await self._receive()
+                    self._batch.reverse()
+                self.serving = True
+                await self._serve_slice(worker)
+                self.serving = False
+                if self._leader is worker:
+                    self._after_slice()
+                    await trio.lowlevel.checkpoint()
+        except trio.EndOfChannel:
+            self._end()
+        finally:
+            if self._leader is worker:
+                self._leader = None
+
+    async def _receive(self) -> list[Delivery[Any, T]]:
+        try:
+            return self._queue.receive_deliveries_nowait(BATCH)
+        except trio.WouldBlock:
+            self._after_slice()
+            return await self._queue.receive_deliveries(BATCH)
+
+    async def _serve_slice(self, worker: _Worker[T]) -> None:
+        """Serve the batch, and more from the queue while the slice lasts, or until a handler has waited."""
+        start, in_hand, cost = self._start, self._in_hand, self._cost
+        then = perf_counter()
+        end = then + SLICE
+        while True:
+            batch = self._batch
+            while batch:
+                delivery = batch.pop()
+                if in_hand and self._park(delivery):
+                    continue
+                coroutine = start(delivery)
+                try:
+                    trap = coroutine.send(None)
+                except StopIteration:
+                    self._handled += 1
+                except Exception as error:
+                    self._fail(delivery, error)
+                else:
+                    await self._occupy(worker, delivery, coroutine, trap, perf_counter() - then)
+                    return
+                if cost is not None:
+                    delivery.settle(cost(delivery.item))
+                    continue
+                now = perf_counter()
+                delivery.settle(now - then)
+                then = now
+                if now > end:
+                    return
+            if cost is not None:
+                return
+            try:
+                self._batch = self._queue.receive_deliveries_nowait(BATCH)
+            except (trio.WouldBlock, trio.EndOfChannel):
+                return
+            self._batch.reverse()
+
+    def _start(self, delivery: Delivery[Any, T]) -> Coroutine[Any, Any, object]:
+        if self._ticket is None:
+            return self._handler(delivery.item)
+        return self._handle_with_ticket(self._ticket, delivery)
+
+    async def _handle_with_ticket(self, ticket: TicketStage, delivery: Delivery[Any, T]) -> None:
+        async with ticket.ticket(delivery.flow):
+            await self._handler(delivery.item)
+
+    def _key_of(self, delivery: Delivery[Any, T]) -> Hashable:
+        return delivery.flow if self._order_key is None else self._order_key(delivery.item)
+
+    def _park(self, delivery: Delivery[Any, T]) -> bool:
+        """Put a delivery behind its key if that is in hand."""
+        worker = self._in_hand.get(self._key_of(delivery))
+        if worker is None:
+            return False
+        worker.parked.append(delivery)
+        if len(worker.parked) >= MAX_PARKED:
+            self._queue.hold(delivery.flow)
+            worker.held.append(delivery.flow)
+        return True
+
+    async def _occupy(
+        self, worker: _Worker[T], delivery: Delivery[Any, T], coroutine: _Handling, trap: object, spent: float
+    ) -> None:
+        """Stay with a handler that waits, and then with what was parked behind it, while another worker leads."""
+        worker.key = self._key_of(delivery)
+        self._in_hand[worker.key] = worker
+        worker.occupied = True
+        self._occupied += 1
+        self._hand_over()
+        await self._finish(worker, delivery, coroutine, trap, spent)
+        await self._serve_parked(worker)
+
+    async def _serve_parked(self, worker: _Worker[T]) -> None:
+        """Serve what waits behind the key in hand and let go of the key, unless the worker's scope is spent first."""
+        while worker.parked:
+            if worker.scope.cancel_called:
+                return
+            delivery = worker.parked.popleft()
+            await self._finish(worker, delivery, self._start(delivery), None, 0.0)
+            await trio.lowlevel.checkpoint()
+        del self._in_hand[worker.key]
+        for flow in worker.held:
+            self._queue.resume(flow)
+        worker.held.clear()
+        worker.occupied = False
+        self._occupied -= 1
+
+    async def _finish(
+        self, worker: _Worker[T], delivery: Delivery[Any, T], coroutine: _Handling, trap: object, spent: float
+    ) -> None:
+        worker.delivery, worker.spent = delivery, spent
+        if self._max_handling != inf:
+            worker.scope.deadline = trio.current_time() + self._max_handling
+        try:
+            await _resume(worker, coroutine, trap)
+        except Exception as error:
+            self._fail(delivery, error)
+        else:
+            self._handled += 1
+        worker.scope.deadline = inf
+        self._settle(delivery, worker.spent)
+
+    def _settle_cancelled(self, worker: _Worker[T]) -> None:
+        """Book a handler that was cancelled alone."""
+        self._settle(worker.delivery, worker.spent)
+        if worker.cancelled:
+            worker.cancelled = False
+            self._cancelled += 1
+        else:
+            self._overdue += 1
+            error = trio.TooSlowError(f"the handler took longer than max_handling={self._max_handling:g} s")
+            self._fail(worker.delivery, error)
+
+    def _settle(self, delivery: Delivery[Any, T], spent: float) -> None:
+        delivery.settle(spent if self._cost is None else self._cost(delivery.item))
+
+    def _fail(self, delivery: Delivery[Any, T], error: Exception) -> None:
+        """The one place where a handler's error is caught, for the owner who asked for it."""
+        self._failed += 1
+        if self._on_error is None:
+            raise error
+        self._on_error(delivery.item, error)
+
+
+@types.coroutine
+def _resume(worker: _Worker[Any], coroutine: _Handling, trap: object) -> Generator[Any, Any, None]:
+    """Run a handler to its end from its first wait, or from its start where trap is None, and meter its steps."""
+    error: BaseException | None = None
+    value: object = None
+    while True:
+        if trap is not None:
+            error = None
+            try:
+                value = yield trap
+            except BaseException as raised:  # goes on into the handler, whose affair it is
+                error = raised
+        begun = perf_counter()
+        try:
+            trap = coroutine.send(value) if error is None else coroutine.throw(error)
+        except StopIteration:
+            return
+        finally:
+            worker.spent += perf_counter() - begun
