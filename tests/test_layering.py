@@ -21,7 +21,7 @@ PACKAGE = ROOT / "stagetrio"
 BESIDE = "beside"  # may import any floor; no floor imports it
 
 FLOORS: dict[str, int | str] = {
-    "fair_order": 0,
+    "ranks": 0,
     "line": 0,
     "limiter": 0,
     "borrow": 0,
@@ -36,32 +36,38 @@ FLOORS: dict[str, int | str] = {
     "stall": 0,
     "preempt": 0,
     "turns": 0,
-    "fair_queue": 1,
+    "remote_output": 0,
+    "jobs": 0,
+    "run_slots": 0,
     "lease": 1,
-    "watchdog": 1,
+    "lane": 1,
+    "fair_order": 1,
     "sockets": 1,
     "nursery_pool": 1,
     "codec": 1,
-    "remote_output": 0,
     "remote_wire": 1,
     "remote_values": 1,
     "hub": 1,
     "ticket": 2,
-    "workers": 2,
+    "watchdog": 2,
     "procedures": 2,
+    "fair_queue": 2,
     "remote_hello": 2,
     "remote_calling": 2,
     "transport": 2,
     "client": 2,
     "stage": 3,
+    "backlog": 3,
     "peer": 3,
     "remote_serving": 3,
     "remote_link": 3,
     "accept": 3,
     "remote": 4,
     "server": 4,
+    "thread_worker": 4,
     "cluster": 5,
     "prefork": 5,
+    "workers": 5,
     "redis": 5,
     "app": 6,
     "demo": 6,
@@ -72,7 +78,7 @@ FLOORS: dict[str, int | str] = {
     "notebook": BESIDE,
 }
 
-PURE = {"fair_order", "framing", "router", "turns"}  # decisions only: they perform no I/O and know no event loop
+PURE = {"fair_order", "framing", "ranks", "router", "turns"}  # decisions only: they perform no I/O and know no event loop
 IO = {"trio", "trio_util", "asyncio", "anyio", "socket", "select", "selectors", "threading", "subprocess"}
 ONLY_IN = {"rich": {"cli", "demo"}, "coredis": {"redis"}, "IPython": {"notebook"}, "matplotlib": {"notebook", "demo"}}
 
