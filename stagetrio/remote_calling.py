@@ -116,8 +116,13 @@ class CallingConnection:
         else:
             self._places += 1
         id = self._say(_CALL, name, None, arguments, keywords, trio.lowlevel.current_task())
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            self._pending[id] = _ABANDONED  # at once: the answer may come before this task has run
+            return trio.lowlevel.Abort.SUCCEEDED
+
         try:
-            answer = await trio.lowlevel.wait_task_rescheduled(_abort)
+            answer = await trio.lowlevel.wait_task_rescheduled(abort)
         except BaseException:  # cancelled, interrupted, or lost: then nothing is outstanding any more
             self.abandon(id)
             raise
@@ -320,10 +325,6 @@ class CallingConnection:
 
 class _Farewell(Exception):
     """The worker said why it ends the connection."""
-
-
-def _abort(_: object) -> trio.lowlevel.Abort:
-    return trio.lowlevel.Abort.SUCCEEDED
 
 
 def _error_of(answer: Any) -> Exception:

@@ -133,22 +133,31 @@ class ServedConnection:
         """Lead; stay with a request that blocks; rest until this worker is to lead again."""
         while not self._ended:
             work = _Work()
-            value: Any = None
-            error: Exception | None = None
             try:
-                with work.scope:
-                    value = await self._lead(work)
-            except Exception as raised:
-                if work.request is None:
-                    raise
-                error = raised
-            if work.request is None:
-                self._end()
-                return
-            await self._settle(work, value, error)
+                await self._serve(work)
+            finally:
+                if work.request is not None:
+                    del self._in_hand[work.request.id]
+                    self._tally.running -= 1
             if len(self._idle) >= MAX_IDLE:
                 return
             await self._rest()
+
+    async def _serve(self, work: _Work) -> None:
+        """Lead until a request blocks, and see that one through; or lead until the end."""
+        value: Any = None
+        error: Exception | None = None
+        try:
+            with work.scope:
+                value = await self._lead(work)
+        except Exception as raised:
+            if work.request is None:
+                raise
+            error = raised
+        if work.request is None:
+            self._end()
+        else:
+            await self._settle(work, value, error)
 
     async def _rest(self) -> None:
         def abort(_: object) -> trio.lowlevel.Abort:
@@ -331,14 +340,10 @@ class ServedConnection:
                 self._output.flush_soon()
 
     async def _settle(self, work: _Work, value: Any, error: Exception | None) -> None:
-        """Reply for a request that had blocked, and free its place."""
+        """Reply for a request that had blocked; it holds its place until there is room for that."""
         assert work.request is not None
         assert work.procedure is not None
-        try:
-            await self._output.room()
-        finally:
-            del self._in_hand[work.request.id]
-            self._tally.running -= 1
+        await self._output.room()
         self._seconds += (trio.current_time() - work.began - self._seconds) / 8
         if error is not None:
             self._failed(work.request, work.procedure, error)
