@@ -67,6 +67,7 @@ FLOORS: dict[str, int | str] = {
     "thread_worker": 4,
     "cluster": 5,
     "prefork": 5,
+    "threads": 5,
     "workers": 5,
     "redis": 5,
     "app": 6,
