@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Protocol
 
 import trio
+from trio import current_time
 
 from stagetrio.broadcast import Broadcasts, Messages
 
@@ -69,6 +70,11 @@ class Ticket:
         "leased",
     )
 
+    # These three are set for the leased only.
+    _deadline: float
+    _lost: str | None
+    _scope: trio.CancelScope | None
+
     def __init__(self, stage: Grantor, flow: Hashable, cost: int, key: Hashable, lease: float | None) -> None:
         if lease is not None and not lease > 0:
             raise ValueError(f"lease must be > 0, not {lease!r}")
@@ -83,12 +89,6 @@ class Ticket:
         self.fence = 0  # until it is granted
         self.leased = False
 
-    def _begin_lease(self, deadline: float) -> None:
-        self.leased = True
-        self._deadline = deadline
-        self._lost: str | None = None
-        self._scope: trio.CancelScope | None = None
-
     @property
     def deadline(self) -> float:
         """When the lease ends (or ended), on Trio's clock; ``math.inf`` without a lease."""
@@ -99,7 +99,7 @@ class Ticket:
         """Why the ticket was taken away, or None while it is not: what cleanup code in the block can read."""
         if not self.leased:
             return None
-        if self._lost is None and self._left is None and trio.current_time() >= self._deadline:
+        if self._lost is None and self._left is None and current_time() >= self._deadline:
             self._lost = EXPIRED
         return self._lost
 
@@ -133,7 +133,7 @@ class Ticket:
         if self._left is None and self.leased and self._deadline < math.inf:
             if self.lost is not None:
                 raise LeaseLost(self.lost)
-            self._deadline = trio.current_time() + seconds
+            self._deadline = current_time() + seconds
             if self._scope is not None:
                 self._scope.deadline = self._deadline
 
@@ -154,7 +154,7 @@ class Ticket:
         """Cancel the work in the block; the first reason stays."""
         if self._left is None and self.lost is None:
             self._lost = reason
-            self._deadline = trio.current_time()
+            self._deadline = current_time()
             if self._scope is not None:
                 self._scope.cancel(reason=reason)
 
@@ -192,7 +192,9 @@ class Ticket:
         traceback: TracebackType | None,
     ) -> bool:
         assert self._scope is not None
-        lost = self.lost
+        lost = self._lost
+        if lost is None and self._left is None and current_time() >= self._deadline:
+            lost = self._lost = EXPIRED
         try:
             swallowed = self._scope.__exit__(exc_type, exc, traceback)
         finally:

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 import attrs
 import trio
+from trio import current_time
 from trio.lowlevel import (
     Abort,
     Task,
@@ -205,7 +206,7 @@ class TicketStage:
         """
         if not seconds >= 0:
             raise ValueError(f"seconds must be >= 0, not {seconds!r}")
-        self._closes_at = min(self._closes_at, trio.current_time() + seconds)
+        self._closes_at = min(self._closes_at, current_time() + seconds)
         self._open = False  # for the quick ways; the moment itself is looked at where they are not taken
         # Those who are parked do not watch the clock. They wake once, in no order that matters, since their places
         # are kept, and park again with a deadline.
@@ -218,7 +219,7 @@ class TicketStage:
         """Return the figures of this stage. Cost: proportional to the number of leased tickets held."""
         overruns = []
         if self._leases:
-            now = trio.current_time()
+            now = current_time()
             overruns = [now - ticket._deadline for ticket in self._leases if ticket.lost is not None]
         limiter = self._limiter
         return TicketStatistics(
@@ -291,7 +292,9 @@ class TicketStage:
     def _lease(self, ticket: Ticket) -> None:
         lease = self.lease if ticket._lease is None else ticket._lease
         if lease < math.inf or self.revocable:
-            ticket._begin_lease(trio.current_time() + lease)
+            ticket.leased = True
+            ticket._deadline = current_time() + lease
+            ticket._lost = ticket._scope = None
             self._leases[ticket] = None
 
     def _give_back(self, ticket: Ticket, well: bool) -> None:
@@ -303,7 +306,7 @@ class TicketStage:
             del self._leases[ticket]
             if ticket._lost is not None:
                 self._lost += 1
-                self._overrun_seconds += trio.current_time() - ticket._deadline
+                self._overrun_seconds += current_time() - ticket._deadline
         if self._limiter is None:
             self._free += ticket.cost
         else:
@@ -332,12 +335,12 @@ class TicketStage:
         return self._line.waiting + (self._front is not None)
 
     def _is_closed(self) -> bool:
-        return not self._open and trio.current_time() >= self._closes_at
+        return not self._open and current_time() >= self._closes_at
 
     def _refuse(self, reason: str) -> NoReturn:
         """Refuse, with the time to come back by the pace at which tickets were given back lately."""
         self._refused += 1
-        seconds = self._pace.seconds_for(self._waiting() + 1, self._returned, trio.current_time())
+        seconds = self._pace.seconds_for(self._waiting() + 1, self._returned, current_time())
         raise Overloaded(reason, seconds or (self.lease if self.lease < math.inf else 0.0))
 
 
@@ -415,7 +418,7 @@ class TicketRequest(Ticket):
             stage._refuse("waiting")
         self._task = None
         self._scope_in_limiter = None
-        self._patience = math.inf if stage.max_wait == math.inf else trio.current_time() + stage.max_wait
+        self._patience = math.inf if stage.max_wait == math.inf else current_time() + stage.max_wait
         self.has_key = False
         line.add(self)
         if stage._free or stage._limiter is not None:
@@ -447,7 +450,7 @@ class TicketRequest(Ticket):
                 await wait_task_rescheduled(self._abort)
         if not self.fence and stage._is_closed():
             raise trio.ClosedResourceError(f"{stage!r} is closed")
-        if not self.fence and trio.current_time() >= self._patience:
+        if not self.fence and current_time() >= self._patience:
             stage._refuse("waiting")
 
     async def _borrow(self) -> None:
