@@ -53,6 +53,14 @@ __all__ = [
 ]
 
 
+def _check_serving_bounds(
+    max_in_flight: int, max_running: float, max_frame_bytes: int, max_buffered_bytes: int
+) -> None:
+    check_bounds(max_in_flight=max_in_flight, max_frame_bytes=max_frame_bytes, max_buffered_bytes=max_buffered_bytes)
+    if not max_running >= 1:
+        raise ValueError(f"max_running must be at least 1, not {max_running!r}")
+
+
 async def serve_remote_stream(
     procedures: Procedures,
     stream: trio.abc.Stream,
@@ -82,7 +90,7 @@ async def serve_remote_stream(
 
     Checkpoints: yes; a cancellation cancels what is in hand.
     """
-    check_bounds(max_in_flight=max_in_flight, max_frame_bytes=max_frame_bytes, max_buffered_bytes=max_buffered_bytes)
+    _check_serving_bounds(max_in_flight, max_running, max_frame_bytes, max_buffered_bytes)
     procedures.tally.connections += 1
     try:
         hello = await receive_hello(stream, token)
@@ -136,8 +144,8 @@ async def serve_remote(
 
     Checkpoints: yes.
     """
-    check_bounds(max_connections=max_connections, max_in_flight=max_in_flight)
-    check_bounds(max_frame_bytes=max_frame_bytes, max_buffered_bytes=max_buffered_bytes)
+    check_bounds(max_connections=max_connections)
+    _check_serving_bounds(max_in_flight, max_running, max_frame_bytes, max_buffered_bytes)
     connected = 0
 
     async def serve_one(stream: trio.abc.Stream) -> None:
