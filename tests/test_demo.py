@@ -194,7 +194,7 @@ async def test_open_connections_are_those_with_a_descriptor() -> None:
 
 
 def figures(side: str, *, latency: float, served: int = 98, stall: float = 0.1, disposed: int = 3) -> Figures:
-    tallies = {group: Tally() for group in ("polite", "hogs", "burners")}
+    tallies = {name: Tally() for name in ("polite", "asks", "queries", "hogs", "burners")}
     for tally in tallies.values():
         tally.at(0.1).offered += 100
         for _ in range(served):
@@ -227,7 +227,7 @@ def row(name: str) -> Row:
     [
         ("polite: served", "40.0 %", "98.0 %", "better", "better by 58 points"),
         ("polite: refused", "1.0 %", "1.0 %", "even", "even"),
-        ("polite: latency p99", "498 ms", "50.2 ms", "better", "better 9.9x"),
+        ("polite: latency p99", "498 ms", "50.1 ms", "better", "better 9.9x"),
         ("hogs: refused", "1.0 %", "1.0 %", None, ""),
         ("throughput", "30 /s", "74 /s", "better", "better 2.5x"),
         ("worst stall of the loop", "800 ms", "5 ms", "better", "better 160x"),
@@ -267,7 +267,7 @@ def test_closer_than_five_percent_is_even(
 def test_the_summary_names_every_lost_row() -> None:
     """Who reads one line only is not misled."""
     assert report.summary(report.rows_of(SLOW, FAST)) == (
-        "stagetrio is better in 10 of 14 rows and worse in 1: slow clients disposed of."
+        "stagetrio is better in 12 of 16 rows and worse in 1: slow clients disposed of."
     )
     assert report.summary(report.rows_of(SLOW, figures("staged", latency=0.05))).endswith(" and worse in none.")
 

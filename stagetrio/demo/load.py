@@ -16,6 +16,7 @@ import gc
 import itertools
 import json
 import sys
+from collections import defaultdict
 from typing import Any
 
 import trio
@@ -23,7 +24,7 @@ import trio
 from stagetrio.codec import Closed, Failed, Refused
 from stagetrio.demo.measure import StallClock, Tally, percentile
 from stagetrio.demo.process import commands, say, trio_time
-from stagetrio.demo.storm import CODEC, FRAMING, GROUPS, RATES, SLOW_BYTES_PER_SECOND, Ask, Storm
+from stagetrio.demo.storm import CODEC, FRAMING, GROUPS, RATES, SLOW_BYTES_PER_SECOND, Ask, Query, Storm
 from stagetrio.framing import ProtocolError
 
 LINGER_SECONDS = 1.0
@@ -31,17 +32,23 @@ _PROGRESS_SECONDS = 0.25
 _HOG_BURST = 16  # messages a hog writes at once
 
 
+def tally_name(group: str, message: Any) -> str:
+    """Under which name a message is counted: its group's, but the polite ones' two kinds of question apart."""
+    if group != "polite":
+        return group
+    return "queries" if isinstance(message, Query) else "asks"
+
+
 class Client:
     """One connection, and what is outstanding on it."""
 
-    def __init__(self, group: str, number: int, stream: trio.SocketStream, tally: Tally) -> None:
+    def __init__(self, group: str, number: int, stream: trio.SocketStream, tallies: dict[str, Tally]) -> None:
         self.group = group
         self.number = number
         self.port: int = stream.socket.getsockname()[1]
-        self.closed_because: str | None = None
         self._stream = stream
-        self._tally = tally
-        self._outstanding: dict[int, float] = {}  # {id: when it was meant to be sent, seconds of the storm}
+        self._tallies = tallies
+        self._outstanding: dict[int, tuple[float, Tally]] = {}  # {id: when it was due, and where it counts}
         self._ids = itertools.count(1)
         self._begin = 0.0
 
@@ -61,7 +68,7 @@ class Client:
     async def _send_by_schedule(self, storm: Storm) -> None:
         schedule = storm.schedule(self.group, self.number)
         for send in schedule:
-            self._tally.at(send.at).offered += 1
+            self._tally_of(send.message).at(send.at).offered += 1
         try:
             for send in schedule:
                 await trio.sleep_until(self._begin + send.at)
@@ -71,19 +78,21 @@ class Client:
 
     async def _send_without_pause(self, storm: Storm) -> None:
         await trio.sleep_until(self._begin)
-        end = self._begin + storm.seconds
         question = Ask(f"now, now, now, says hog {self.number}!")
+        tally = self._tally_of(question)
         try:
-            while (now := trio.current_time()) < end:
-                self._tally.at(now - self._begin).offered += _HOG_BURST
-                frames = (self._frame(question, now - self._begin) for _ in range(_HOG_BURST))
-                await self._stream.send_all(b"".join(frames))
+            while (now := trio.current_time() - self._begin) < storm.seconds:
+                tally.at(now).offered += _HOG_BURST
+                await self._stream.send_all(b"".join(self._frame(question, now) for _ in range(_HOG_BURST)))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
 
-    def _frame(self, message: Any, at: float) -> bytes:
+    def _tally_of(self, message: Any) -> Tally:
+        return self._tallies[tally_name(self.group, message)]
+
+    def _frame(self, message: Any, due: float) -> bytes:
         id = next(self._ids)
-        self._outstanding[id] = at
+        self._outstanding[id] = due, self._tally_of(message)
         return FRAMING.encode(CODEC.encode(message, id))
 
     async def _receive(self) -> None:
@@ -93,22 +102,21 @@ class Client:
                 now = trio.current_time() - self._begin
                 for frame in decoder.receive_data(bytes(data)):
                     self._take(*CODEC.decode(frame), now)
-        except (trio.BrokenResourceError, ProtocolError) as error:
-            self.closed_because = self.closed_because or str(error)
+        except trio.BrokenResourceError:
+            pass  # whom the server got rid of is seen by what it still holds
 
     def _take(self, reply: Any, id: int | None, now: float) -> None:
         if isinstance(reply, Closed):
-            self.closed_because = reply.reason
             return
-        sent = self._outstanding.pop(id, None) if id is not None else None
-        if sent is None:
+        if id is None or id not in self._outstanding:
             raise ProtocolError(f"a reply to a message that is not outstanding: {id}")
+        due, tally = self._outstanding.pop(id)
         if isinstance(reply, Refused):
-            self._tally.at(sent).refused += 1
+            tally.at(due).refused += 1
         elif isinstance(reply, Failed):
-            self._tally.at(sent).failed += 1
+            tally.at(due).failed += 1
         else:
-            self._tally.served(sent, now)
+            tally.served(due, now)
 
     async def _dribble(self) -> None:
         """Read slowly: an eighth of a second's bytes, eight times a second; nothing is decoded."""
@@ -134,17 +142,17 @@ async def _connect(port: int, *, receive_buffer: int | None) -> trio.SocketStrea
 async def _report(tallies: dict[str, Tally]) -> None:
     while True:
         await trio.sleep(_PROGRESS_SECONDS)
-        totals = {group: tally.total() for group, tally in tallies.items()}
-        replies = {group: total.replies for group, total in totals.items()}
-        late = {group: percentile(total.latencies, 0.99) for group, total in totals.items()}
+        totals = {name: tally.total() for name, tally in tallies.items()}
+        replies = {name: total.replies for name, total in totals.items()}
+        late = {name: percentile(total.latencies, 0.99) for name, total in totals.items()}
         say(event="progress", replies=replies, p99=late)
 
 
 async def main(groups: list[str], port: int, storm: Storm) -> None:
     """Connect, play the storm, say what came of it, and hold on until the parent closes our input."""
-    tallies = {group: Tally() for group in groups}
+    tallies: defaultdict[str, Tally] = defaultdict(Tally)
     clients = [
-        Client(group, number, await _connect(port, receive_buffer=4096 if group == "slow" else None), tallies[group])
+        Client(group, number, await _connect(port, receive_buffer=4096 if group == "slow" else None), tallies)
         for group in groups
         for number in range(GROUPS[group])
     ]
@@ -167,7 +175,7 @@ async def main(groups: list[str], port: int, storm: Storm) -> None:
         nursery.cancel_scope.cancel()
     say(
         event="result",
-        tallies={group: tally.to_plain() for group, tally in tallies.items()},
+        tallies={name: tally.to_plain() for name, tally in tallies.items()},
         ports={group: [client.port for client in clients if client.group == group] for group in groups},
         worst_stall=stalls.worst,
     )

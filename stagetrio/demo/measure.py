@@ -73,7 +73,7 @@ class Slot:
 
 
 class Tally:
-    """What became of the messages of one group, slot by slot; times are seconds after the start of the storm."""
+    """What became of messages of one kind, slot by slot; times are seconds after the start of the storm."""
 
     def __init__(self, slots: Iterable[Slot] = ()) -> None:
         self.slots = list(slots)
@@ -99,6 +99,11 @@ class Tally:
             if index * SLOT_SECONDS < until:
                 total.add(slot)
         return total
+
+    def add(self, other: Tally) -> None:
+        """Count the other's messages too."""
+        for index, slot in enumerate(other.slots):
+            self.at(index * SLOT_SECONDS).add(slot)
 
     def to_plain(self) -> list[dict[str, Any]]:
         """The tally as JSON can carry it."""

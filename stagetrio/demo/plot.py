@@ -78,15 +78,17 @@ def write(path: Path, storm: Storm, control: Figures | None, staged: Figures) ->
 
 
 def panels_of(control: Figures | None, staged: Figures) -> list[Panel]:
-    """What is drawn: the latency of the polite, and the replies a second, both over time."""
+    """What is drawn: the latency of the polite ones' small questions, and the replies a second, both over time."""
     sides = [figures for figures in (control, staged) if figures is not None]
     latency = []
     for figures in sides:
         latency.append(_line(figures, "p99", False, lambda slot: percentile(slot.latencies, 0.99)))
         latency.append(_line(figures, "p50", True, lambda slot: percentile(slot.latencies, 0.5)))
-    replies = [_line(figures, "all clients", False, _replies, groups=tuple(figures.tallies)) for figures in sides]
+    replies = [_line(figures, "all clients", False, _replies, ("polite", "hogs", "burners")) for figures in sides]
     return [
-        Panel("Latency of the polite, by when a message was meant to be sent", "seconds", tuple(latency)),
+        Panel(
+            "Latency of the polite who do not need the database, by when a message was due", "seconds", tuple(latency)
+        ),
         Panel("Replies to all clients", "per second", tuple(replies)),
     ]
 
@@ -100,13 +102,13 @@ def _line(
     label: str,
     dashed: bool,
     value_of: Callable[[Slot], float | None],
-    groups: tuple[str, ...] = ("polite",),
+    names: tuple[str, ...] = ("asks",),
 ) -> Line:
     points = []
     for index in range(math.ceil(figures.seconds / SLOT_SECONDS)):
         merged = Slot()
-        for group in groups:
-            merged.add(figures.tallies[group].at(index * SLOT_SECONDS))
+        for name in names:
+            merged.add(figures.tallies[name].at(index * SLOT_SECONDS))
         value = value_of(merged)
         if value is not None:
             points.append(((index + 0.5) * SLOT_SECONDS, value))

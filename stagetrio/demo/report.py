@@ -84,6 +84,9 @@ class Row:
         return f"{value:.0f} of {self.of}"
 
 
+_WHO = ("polite", "hogs", "burners")  # who sends, and reads the replies
+
+
 def rows_of(control: Figures | None, staged: Figures) -> list[Row]:
     """The table, top to bottom."""
     left = None if control is None else _values(control)
@@ -100,6 +103,8 @@ _ROWS: tuple[tuple[str, Unit, Literal["higher", "lower"] | None], ...] = (
     ("polite: refused", "share", "lower"),
     ("polite: latency p50", "seconds", "lower"),
     ("polite: latency p99", "seconds", "lower"),
+    ("polite: p50, no database", "seconds", "lower"),
+    ("polite: p99, no database", "seconds", "lower"),
     ("hogs: served", "share", "higher"),
     ("hogs: refused", "share", None),
     ("hogs: latency p50", "seconds", "lower"),
@@ -122,8 +127,11 @@ def _values(figures: Figures) -> dict[str, float | None]:
         "silent clients disposed of": float(figures.disposed["silent"]),
         "slow clients disposed of": float(figures.disposed["slow"]),
     }
-    for group, tally in figures.tallies.items():
-        total = tally.total()
+    asks = figures.tallies["asks"].total()
+    values["polite: p50, no database"] = percentile(asks.latencies, 0.5)
+    values["polite: p99, no database"] = percentile(asks.latencies, 0.99)
+    for group in _WHO:
+        total = figures.tallies[group].total()
         values[f"{group}: served"] = _share(total.served, total)
         values[f"{group}: refused"] = _share(total.refused, total)
         values[f"{group}: latency p50"] = percentile(total.latencies, 0.5)
@@ -137,7 +145,7 @@ def _share(count: int, total: Slot) -> float | None:
 
 def _throughput(figures: Figures) -> float:
     """Replies a second, of all groups, that came while the storm lasted."""
-    return sum(tally.total(figures.seconds).replies for tally in figures.tallies.values()) / figures.seconds
+    return sum(figures.tallies[group].total(figures.seconds).replies for group in _WHO) / figures.seconds
 
 
 def summary(rows: list[Row]) -> str:

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -41,7 +42,8 @@ class Progress:
         side: ``"control"`` or ``"staged"``.
         fraction: 0 to 1.
         replies: Replies so far, of all groups.
-        polite_p99: The 99th percentile of the latency of the polite so far, in seconds; None before the first reply.
+        polite_p99: The 99th percentile so far of the latency of the polite who do not need the database, in seconds;
+            None before the first reply.
     """
 
     side: str
@@ -57,12 +59,13 @@ class Figures:
     Args:
         side: ``"control"`` or ``"staged"``.
         seconds: How long the storm lasted.
-        tallies: ``{group: tally}`` of those who send and read, as the clients counted them.
+        tallies: As the clients counted them: ``{group: tally}`` of those who send and read, and the polite ones' also
+            apart, as ``asks`` (which do not need the database) and ``queries`` (which do).
         worst_stall: The longest the server's loop was held, in seconds.
         client_stall: The same of the clients' loops: what their measurements may be off by.
         memory_before: Peak resident memory of the server's process before the first client came, in bytes.
         memory_peak: The same when the storm was over.
-        disposed: ``{group: clients}`` the server held no connection of any more when the storm was over.
+        disposed: ``{group: clients}`` that the server held no connection of any more when the storm was over.
         database_queries: Queries that reached the database.
         database_most_at_once: The most of them at once.
     """
@@ -174,7 +177,7 @@ class _Watch:
     async def follow(self, child: _Child) -> None:
         while (event := await child.event())["event"] != "result":
             self._replies.update(event["replies"])
-            self._polite_p99 = event["p99"].get("polite", self._polite_p99)
+            self._polite_p99 = event["p99"].get("asks", self._polite_p99)
             done = (time.monotonic() - self._begin) / self._storm.seconds
             self._tell(min(0.99, max(0.01, done)))
         self.results.append(event)
@@ -241,20 +244,23 @@ async def _run_storm(side: str, storm: Storm, on_progress: Callable[[Progress], 
 
 def _figures(side: str, storm: Storm, results: list[dict[str, Any]], report: dict[str, Any]) -> Figures:
     ports: dict[str, list[int]] = {}
-    tallies: dict[str, Tally] = {}
+    tallies: defaultdict[str, Tally] = defaultdict(Tally)
     for result in results:
         ports |= result["ports"]
-        tallies |= {group: Tally.from_plain(slots) for group, slots in result["tallies"].items()}
+        for name, slots in result["tallies"].items():
+            tallies[name].add(Tally.from_plain(slots))
+    for kind in ("asks", "queries"):
+        tallies["polite"].add(tallies[kind])
     open_ports = set(report["open_ports"])
     return Figures(
         side=side,
         seconds=storm.seconds,
-        tallies={group: tallies[group] for group in GROUPS if group not in ("slow", "silent")},
+        tallies={name: tallies[name] for name in ("polite", "asks", "queries", "hogs", "burners")},
         worst_stall=report["worst_stall"],
         client_stall=max(result["worst_stall"] for result in results),
         memory_before=report["memory_before"],
         memory_peak=report["memory_peak"],
-        disposed={group: len(set(ports[group]) - open_ports) for group in ("slow", "silent")},
+        disposed={group: len(set(ports[group]) - open_ports) for group in GROUPS},
         database_queries=report["database_queries"],
         database_most_at_once=report["database_most_at_once"],
     )
