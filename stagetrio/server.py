@@ -28,6 +28,7 @@ from stagetrio.codec import Closed, Codec, Done, Failed, Refused
 from stagetrio.fair_queue import FairQueue
 from stagetrio.framing import Framing, LengthPrefixed, ProtocolError
 from stagetrio.hub import Hub
+from stagetrio.lane import Lane
 from stagetrio.limiter import Overloaded
 from stagetrio.nursery_pool import NurseryPool, open_nursery_pool
 from stagetrio.pacer import Pacer
@@ -37,6 +38,7 @@ from stagetrio.rules import CloseReason, PeerLimits
 from stagetrio.sockets import Address
 from stagetrio.stage import Stage, StageStatistics
 from stagetrio.transport import Transport
+from stagetrio.watchdog import BudgetExceeded, Watchdog
 
 M = TypeVar("M")
 Handler = Callable[[Peer[M], M], Coroutine[Any, Any, M | None]]
@@ -92,6 +94,9 @@ class StageServer(Generic[M]):
         weight: Callable[[Any], float] | None,
         cost: Callable[[bytes], float] | None,
         max_handling: float,
+        watchdog: Watchdog | None,
+        budget: float,
+        handler_of: Callable[[M], Callable[..., Any]] | None,
         cancel_on_disconnect: bool,
         tick: float,
         on_error: Callable[[Peer[M], Exception], None] | None,
@@ -105,6 +110,7 @@ class StageServer(Generic[M]):
         self._codec = codec
         self._max_connections = max_connections
         self._refuse = refuse
+        self._handler_of = handler_of
         self._flow = flow
         self._cancel_on_disconnect = cancel_on_disconnect
         self._on_error = on_error
@@ -120,6 +126,8 @@ class StageServer(Generic[M]):
             on_error=self._handler_failed,
             after_slice=self._after_slice,
             max_handling=max_handling,
+            watchdog=watchdog,
+            budget=budget,
             cost=None if cost is None else lambda item: cost(item[1]),
         )
         self._hub = Hub() if Hub.available else None
@@ -269,7 +277,9 @@ class StageServer(Generic[M]):
         if peer.closed:
             self._discarded += 1
             return
-        reply = await self._handler(peer, frame)  # type: ignore[arg-type]
+        if self._stage.lane is not None:
+            self._tell(self._stage.lane, cast("M", frame))
+        reply = await self._handler(peer, cast("M", frame))
         if reply is not None:
             self._reply(peer, self._framing.encode(cast("bytes", reply)))
         peer.done()
@@ -284,12 +294,18 @@ class StageServer(Generic[M]):
         except ProtocolError as error:
             peer.end(CloseReason.PROTOCOL, error.reason)
             return
+        if self._stage.lane is not None:
+            self._tell(self._stage.lane, message)
         reply = await self._handler(peer, message)
         if reply is not None:
             self._reply(peer, self._framing.encode(codec.encode(reply, id)))
         elif id is not None:
             self._reply(peer, self._framing.encode(codec.encode(Done(), id)))
         peer.done()
+
+    def _tell(self, lane: Lane, message: M) -> None:
+        """Let the watchdog know whose frames may be stopped: the handler's, not the server's around it."""
+        lane.handler = self._handler if self._handler_of is None else self._handler_of(message)
 
     def _reply(self, peer: Peer[M], frame: bytes) -> None:
         if peer.closed:
@@ -306,7 +322,8 @@ class StageServer(Generic[M]):
             if self._on_error is None:
                 raise error
             self._on_error(peer, error)
-            words = str(error) if isinstance(error, trio.TooSlowError) else "the handler failed"
+            told = isinstance(error, trio.TooSlowError | BudgetExceeded)
+            words = str(error) if told else "the handler failed"
             if self._codec is None:
                 peer.end(CloseReason.FAILED, words)
             else:
@@ -440,6 +457,9 @@ async def serve_stage(
     max_connections: float = 10_000,
     refuse: bool = False,
     max_handling: float = inf,
+    watchdog: Watchdog | None = None,
+    budget: float = inf,
+    handler_of: Callable[[M], Callable[..., Any]] | None = None,
     cancel_on_disconnect: bool = False,
     tick: float = 0.0,
     limits: PeerLimits | None = None,
@@ -469,6 +489,11 @@ async def serve_stage(
         max_connections: Connections at once; one more is closed with a farewell.
         refuse: Answer messages for which the queue has no room by a refusal, instead of leaving their socket unread.
         max_handling: Seconds from a handler's first wait after which it is cancelled.
+        watchdog: What forces handlers that hold the loop to a checkpoint. Read first who must not be forced:
+            `stagetrio.watchdog`.
+        budget: Seconds a handler may hold the loop in all before it is cancelled; needs a watchdog.
+        handler_of: With a watchdog and a ``handler`` that only dispatches: the function a message is dispatched to, in
+            whose module checkpoints may be forced.
         cancel_on_disconnect: Whether a handler is cancelled when its connection ends; by default it finishes.
         tick: Seconds between two rounds of output; 0 writes at the end of every slice.
         limits: The rules for every peer.
@@ -503,6 +528,9 @@ async def serve_stage(
         weight=weight,
         cost=cost,
         max_handling=max_handling,
+        watchdog=watchdog,
+        budget=budget,
+        handler_of=handler_of,
         cancel_on_disconnect=cancel_on_disconnect,
         tick=tick,
         on_error=on_error,

@@ -17,9 +17,11 @@ handlers all wait runs ``workers`` of them at once.
   it, up to `MAX_PARKED`; from then on the flows that bring more are held in the queue. The worker in hand serves what
   was parked, so a key in hand occupies one worker however much is waiting for it. A handler that does not wait cannot
   overlap another one, so it needs no key, and the common path touches no table.
+- With a watchdog, each worker has a lane: a stack of its own on which handlers may be forced to a checkpoint. A handler
+  that is made to wait for its turn there is occupied like any other that waits, and the leader's role passes on.
 - A worker runs inside one cancel scope for as long as nothing cancels it. A handler that is to be cancelled alone
-  (past ``max_handling``, or by `Stage.cancel`) takes that scope with it, and the worker goes on in a fresh one. (A
-  scope cannot be entered around a handler that has begun, and one per message would cost more than the message.)
+  (past ``max_handling`` or ``budget``, or by `Stage.cancel`) takes that scope with it, and the worker goes on in a
+  fresh one. (A scope cannot be entered around a handler that has begun, and one per message would cost too much.)
 
 Rejected: handing each message to a parked worker (slower than spawning a task), and a task per message (ten times the
 cost of the whole path here).
@@ -32,6 +34,7 @@ from __future__ import annotations
 import types
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Hashable
+from functools import partial
 from math import inf
 from time import perf_counter
 from typing import Any, Generic, TypeVar
@@ -41,7 +44,10 @@ import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
 
 from stagetrio.fair_queue import Delivery, FairQueue
+from stagetrio.lane import Lane
+from stagetrio.stall import name_of
 from stagetrio.ticket import TicketStage
+from stagetrio.watchdog import BudgetExceeded, Watchdog
 
 T = TypeVar("T")
 _Handling = Coroutine[Any, Any, object]
@@ -58,7 +64,7 @@ class StageStatistics:
     Args:
         handled: Messages whose handler returned.
         failed: Messages whose handler raised, among them the overdue.
-        overdue: Messages whose handler was cancelled for taking longer than ``max_handling``.
+        overdue: Messages whose handler was cancelled for taking longer than ``max_handling`` or ``budget``.
         cancelled: Messages whose handler was cancelled by `Stage.cancel`.
         occupied: Handlers that are waiting for something now.
         parked: Messages waiting now behind a key in hand.
@@ -79,10 +85,11 @@ class StageStatistics:
 class _Worker(Generic[T]):
     """A worker task, and, while its handler is occupied, the key in hand and what waits behind it."""
 
-    __slots__ = ("cancelled", "delivery", "held", "key", "occupied", "parked", "scope", "spent", "task")
+    __slots__ = ("cancelled", "delivery", "held", "key", "lane", "occupied", "parked", "scope", "spent", "task")
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, lane: Lane | None) -> None:
         self.task = task
+        self.lane = lane
         self.scope = trio.CancelScope()
         self.occupied = False
         self.cancelled = False  # by `Stage.cancel`, not by its deadline
@@ -101,16 +108,18 @@ class Stage(Generic[T]):
         queue: Where the items come from. The stage receives; whoever owns the queue sends and closes.
         workers: How many handlers may be waiting for something at once; ≥ 1.
         ticket: A ticket that each message needs before its handler starts.
+        watchdog: What forces handlers that hold the loop to a checkpoint; `stagetrio.watchdog` says which must not be.
+        budget: Seconds a handler may hold the loop in all, before it is cancelled; needs a watchdog.
         order_key: What orders an item; by default its flow.
         cost: What an item costs, in any unit; by default the seconds its handler held the loop, as measured.
             A stage whose costs are declared reads no clock and is deterministic.
         on_error: Called with an item and what its handler raised, instead of letting that end the stage. An overdue
-            handler raises `trio.TooSlowError`.
+            handler raises `trio.TooSlowError`, one past its budget `BudgetExceeded`.
         after_slice: Called when the leader is about to let others run: the place to write what the slice produced.
         max_handling: Seconds from a handler's first wait after which it is cancelled.
 
     Raises:
-        ValueError: ``workers`` or ``max_handling`` is out of range.
+        ValueError: ``workers``, ``max_handling`` or ``budget`` is out of range.
     """
 
     def __init__(
@@ -120,6 +129,8 @@ class Stage(Generic[T]):
         queue: FairQueue[Any, T],
         workers: int,
         ticket: TicketStage | None = None,
+        watchdog: Watchdog | None = None,
+        budget: float = inf,
         order_key: Callable[[T], Hashable] | None = None,
         cost: Callable[[T], float] | None = None,
         on_error: Callable[[T, Exception], None] | None = None,
@@ -130,10 +141,16 @@ class Stage(Generic[T]):
             raise ValueError(f"workers must be at least 1, not {workers!r}")
         if not max_handling > 0:
             raise ValueError(f"max_handling must be positive, not {max_handling!r}")
+        if not budget > 0:
+            raise ValueError(f"budget must be positive, not {budget!r}")
+        if budget != inf and watchdog is None:
+            raise ValueError(f"budget needs a watchdog to be kept: budget={budget!r}")
         self._handler = handler
         self._queue = queue
         self._max_workers = workers
         self._ticket = ticket
+        self._watchdog = watchdog
+        self._budget = budget
         self._order_key = order_key
         self._cost = cost
         self._on_error = on_error
@@ -150,6 +167,8 @@ class Stage(Generic[T]):
         self._ended = False
         #: Whether the leader is running handlers at this moment, so that ``after_slice`` is about to follow.
         self.serving = False
+        #: The lane of the handler that is starting; it may be told there which function is the handler proper.
+        self.lane: Lane | None = None
 
     def statistics(self) -> StageStatistics:
         """Return a snapshot of the counts."""
@@ -192,12 +211,23 @@ class Stage(Generic[T]):
         self._nursery.start_soon(self._work)
 
     async def _work(self) -> None:
-        worker: _Worker[T] = _Worker(current_task())
+        if self._watchdog is None:
+            await self._work_on(None)
+        else:
+            lane = self._watchdog.open_lane()
+            await lane.run(self._work_on, lane)
+
+    async def _work_on(self, lane: Lane | None) -> None:
+        worker: _Worker[T] = _Worker(current_task(), lane)
+        if lane is not None:
+            lane.on_preempt = partial(self._preempted, worker)
         while worker.occupied or not self._ended:
             if not worker.occupied and self._leader is not None:
                 await self._follow(worker)
                 continue
             with trio.CancelScope() as worker.scope:
+                if lane is not None:
+                    lane.scope = worker.scope
                 if worker.occupied:
                     await self._serve_parked(worker)
                 else:
@@ -260,7 +290,7 @@ class Stage(Generic[T]):
 
     async def _serve_slice(self, worker: _Worker[T]) -> None:
         """Serve the batch, and more from the queue while the slice lasts, or until a handler has waited."""
-        start, in_hand, cost = self._start, self._in_hand, self._cost
+        start, in_hand, cost, lane = self._start, self._in_hand, self._cost, worker.lane
         then = perf_counter()
         end = then + SLICE
         while True:
@@ -269,6 +299,8 @@ class Stage(Generic[T]):
                 delivery = batch.pop()
                 if in_hand and self._park(delivery):
                     continue
+                if lane is not None:
+                    self._begin(worker, lane, delivery)
                 coroutine = start(delivery)
                 try:
                     trap = coroutine.send(None)
@@ -277,15 +309,23 @@ class Stage(Generic[T]):
                 except Exception as error:
                     self._fail(delivery, error)
                 else:
-                    await self._occupy(worker, delivery, coroutine, trap, perf_counter() - then)
+                    if not worker.occupied:
+                        self._occupy(worker, delivery)
+                    await self._finish(worker, delivery, coroutine, trap, perf_counter() - then)
+                    await self._serve_parked(worker)
                     return
-                if cost is not None:
+                if lane is not None:
+                    lane.end()
+                if cost is None:
+                    now = perf_counter()
+                    delivery.settle(now - then if lane is None else lane.held)
+                    then = now
+                else:
                     delivery.settle(cost(delivery.item))
-                    continue
-                now = perf_counter()
-                delivery.settle(now - then)
-                then = now
-                if now > end:
+                if worker.occupied:  # it was made to wait
+                    await self._serve_parked(worker)
+                    return
+                if then > end:
                     return
             if cost is not None:
                 return
@@ -294,6 +334,16 @@ class Stage(Generic[T]):
             except (trio.WouldBlock, trio.EndOfChannel):
                 return
             self._batch.reverse()
+
+    def _begin(self, worker: _Worker[T], lane: Lane, delivery: Delivery[Any, T]) -> None:
+        worker.delivery = delivery
+        self.lane = lane
+        lane.begin(self._handler, delivery.flow, self._budget)
+
+    def _preempted(self, worker: _Worker[T]) -> None:
+        """The worker's handler waits for its turn to hold the loop."""
+        if not worker.occupied:
+            self._occupy(worker, worker.delivery)
 
     def _start(self, delivery: Delivery[Any, T]) -> Coroutine[Any, Any, object]:
         if self._ticket is None:
@@ -318,17 +368,13 @@ class Stage(Generic[T]):
             worker.held.append(delivery.flow)
         return True
 
-    async def _occupy(
-        self, worker: _Worker[T], delivery: Delivery[Any, T], coroutine: _Handling, trap: object, spent: float
-    ) -> None:
-        """Stay with a handler that waits, and then with what was parked behind it, while another worker leads."""
+    def _occupy(self, worker: _Worker[T], delivery: Delivery[Any, T]) -> None:
+        """Leave the worker to its handler, which waits, and to what will be parked behind it; another one leads."""
         worker.key = self._key_of(delivery)
         self._in_hand[worker.key] = worker
         worker.occupied = True
         self._occupied += 1
         self._hand_over()
-        await self._finish(worker, delivery, coroutine, trap, spent)
-        await self._serve_parked(worker)
 
     async def _serve_parked(self, worker: _Worker[T]) -> None:
         """Serve what waits behind the key in hand and let go of the key, unless the worker's scope is spent first."""
@@ -336,6 +382,8 @@ class Stage(Generic[T]):
             if worker.scope.cancel_called:
                 return
             delivery = worker.parked.popleft()
+            if worker.lane is not None:
+                self._begin(worker, worker.lane, delivery)
             await self._finish(worker, delivery, self._start(delivery), None, 0.0)
             await trio.lowlevel.checkpoint()
         del self._in_hand[worker.key]
@@ -358,21 +406,29 @@ class Stage(Generic[T]):
         else:
             self._handled += 1
         worker.scope.deadline = inf
-        self._settle(delivery, worker.spent)
+        self._settle(worker)
+
+    def _settle(self, worker: _Worker[T]) -> None:
+        spent = worker.spent if worker.lane is None else worker.lane.end()
+        delivery = worker.delivery
+        delivery.settle(spent if self._cost is None else self._cost(delivery.item))
 
     def _settle_cancelled(self, worker: _Worker[T]) -> None:
         """Book a handler that was cancelled alone."""
-        self._settle(worker.delivery, worker.spent)
+        lane = worker.lane
+        handler = self._handler if lane is None or lane.handler is None else lane.handler
+        self._settle(worker)
         if worker.cancelled:
             worker.cancelled = False
             self._cancelled += 1
+            return
+        self._overdue += 1
+        error: Exception
+        if lane is not None and lane.exceeded:
+            error = BudgetExceeded(name_of(handler), self._budget)
         else:
-            self._overdue += 1
             error = trio.TooSlowError(f"the handler took longer than max_handling={self._max_handling:g} s")
-            self._fail(worker.delivery, error)
-
-    def _settle(self, delivery: Delivery[Any, T], spent: float) -> None:
-        delivery.settle(spent if self._cost is None else self._cost(delivery.item))
+        self._fail(worker.delivery, error)
 
     def _fail(self, delivery: Delivery[Any, T], error: Exception) -> None:
         """The one place where a handler's error is caught, for the owner who asked for it."""

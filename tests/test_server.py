@@ -22,6 +22,7 @@ from stagetrio.peer import Peer
 from stagetrio.rules import CloseReason, PeerLimits
 from stagetrio.server import StageServer, serve_stage
 from stagetrio.sockets import TcpAddress, UnixAddress, address_of, connect, open_listeners
+from stagetrio.watchdog import BudgetExceeded, open_watchdog
 
 FRAMING = LengthPrefixed(1000)
 
@@ -545,6 +546,60 @@ async def test_the_server_is_full(kind: str) -> None:
         await four.send(CODEC.encode(Say("in"), 1))
         assert await four.message() == Say("IN")
         assert running.server.statistics().refused_connections == 1
+
+
+async def test_handlers_that_hold_the_loop_take_turns_under_a_watchdog(kind: str) -> None:
+    """Four handlers that spin until all four have begun can only end if each is forced to a checkpoint."""
+    begun = 0
+
+    async def spin(peer: Peer[bytes], message: bytes) -> bytes:
+        nonlocal begun
+        begun += 1
+        while begun < 4:
+            pass
+        return message
+
+    async with open_watchdog(quantum=0.002) as watchdog, serving(kind, spin, watchdog=watchdog) as running:
+        clients = [await running.connect() for _ in range(4)]
+        for client in clients:
+            await client.send(b"first", b"second")
+        for client in clients:
+            assert [await client.receive(), await client.receive()] == [b"first", b"second"]
+        assert watchdog.statistics().forced >= 3
+        assert running.server.statistics().stage.handled == 8
+
+
+async def test_a_handler_that_never_gives_up_the_loop_is_cancelled_past_its_budget(kind: str) -> None:
+    """A busy loop is cut off, its peer told, the owner told by name, and everyone else served meanwhile."""
+    errors: list[Exception] = []
+    served = 0
+
+    async def handler(peer: Peer[Any], message: Any) -> Any:
+        nonlocal served
+        while message.text == "spin":
+            served += 0
+        served += 1
+        return message
+
+    def on_error(peer: Peer[Any], error: Exception) -> None:
+        errors.append(error)
+
+    async with (
+        open_watchdog(quantum=0.002) as watchdog,
+        serving(kind, handler, codec=CODEC, watchdog=watchdog, budget=0.05, on_error=on_error) as running,
+    ):
+        spinner, other = await running.connect(), await running.connect()
+        await spinner.send(CODEC.encode(Say("spin"), 1), CODEC.encode(Say("after"), 2))
+        for _ in range(5):
+            await other.send(CODEC.encode(Say("hello"), 1))
+            assert await other.message() == Say("hello")
+        failed = await spinner.message()
+        assert isinstance(failed, Failed)
+        assert "budget of 0.05 s" in failed.error
+        assert await spinner.message() == Say("after")
+        assert [type(error) for error in errors] == [BudgetExceeded]
+        assert "handler" in str(errors[0])
+        assert running.server.statistics().stage.overdue == 1
 
 
 async def test_a_full_outbox_refuses_and_send_waits_for_room(kind: str) -> None:
