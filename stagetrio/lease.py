@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Protocol
 
 import trio
-from trio import current_time
+from trio import CancelScope, current_time
 
 from stagetrio.broadcast import Broadcasts, Messages
 
@@ -41,6 +41,8 @@ class Grantor(Protocol):
     """What a ticket needs of the stage that made it."""
 
     _broadcasts: Broadcasts
+    _sent: int
+    """How many broadcasts there were."""
 
     def _give_back(self, ticket: Ticket, well: bool) -> None:
         """Take the ticket back, and note the moment in it."""
@@ -73,20 +75,20 @@ class Ticket:
     # These three are set for the leased only.
     _deadline: float
     _lost: str | None
-    _scope: trio.CancelScope | None
+    _scope: CancelScope | None
 
     def __init__(self, stage: Grantor, flow: Hashable, cost: int, key: Hashable, lease: float | None) -> None:
         if lease is not None and not lease > 0:
             raise ValueError(f"lease must be > 0, not {lease!r}")
         self._stage = stage
         self._lease = lease
-        self._joined = stage._broadcasts.sent
+        self._joined = stage._sent
         self._left: int | None = None  # broadcasts sent when it was given back
         self._messages: Messages | None = None
         self.flow = flow
         self.cost = cost
         self.key = key
-        self.fence = 0  # until it is granted
+        self.fence = 0  # until it is granted; -1 while it waits, or if it waited in vain
         self.leased = False
 
     @property
@@ -161,13 +163,13 @@ class Ticket:
     @trio.lowlevel.enable_ki_protection
     def __enter__(self) -> Ticket:
         if self.leased:
+            if self._scope is not None:
+                raise RuntimeError("a ticket's block can be entered once")
             self._enter_scope()
         return self
 
     def _enter_scope(self) -> None:
-        if self._scope is not None:
-            raise RuntimeError("a ticket's block can be entered once")
-        self._scope = trio.CancelScope(deadline=self._deadline)
+        self._scope = CancelScope(deadline=self._deadline)
         self._scope.__enter__()
         if self._lost is not None:
             self._scope.cancel(reason=self._lost)
@@ -191,15 +193,15 @@ class Ticket:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        assert self._scope is not None
-        lost = self._lost
-        if lost is None and self._left is None and current_time() >= self._deadline:
-            lost = self._lost = EXPIRED
+        scope = self._scope
+        assert scope is not None
+        if self._left is None and self._lost is None and current_time() >= self._deadline:
+            self._lost = EXPIRED
         try:
-            swallowed = self._scope.__exit__(exc_type, exc, traceback)
+            swallowed = scope.__exit__(exc_type, exc, traceback)
         finally:
             if self._left is None:
-                self._stage._give_back(self, exc is None and lost is None)
-        if lost is not None and (exc is None or swallowed):
-            raise LeaseLost(lost) from None
+                self._stage._give_back(self, exc is None and self._lost is None)
+        if self._lost is not None and (exc is None or swallowed):
+            raise LeaseLost(self._lost) from None
         return swallowed

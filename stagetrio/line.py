@@ -108,14 +108,18 @@ class Line(Generic[W]):
             yield from behind
 
     def add(self, waiter: W) -> None:
-        """Let `waiter` wait, in line or behind its key."""
+        """Let `waiter` wait, in line or behind its key.
+
+        Raises:
+            ValueError: The weight of its flow is not > 0.
+        """
+        flow = self._flows.get(waiter.flow)
+        if flow is None or not flow.queue:
+            flow = self._arrive(waiter.flow)
         self.waiting += 1
         self._arrivals = waiter.number = self._arrivals + 1
         if waiter.key is not None and not self._claim(waiter):
             return
-        flow = self._flows.get(waiter.flow)
-        if flow is None or not flow.queue:
-            flow = self._arrive(waiter.flow)
         flow.queue.append(waiter)
         waiter.in_line = waiter.waits = True
         self.size += 1
@@ -158,7 +162,7 @@ class Line(Generic[W]):
         flow = self._flows.get(waiter.flow)
         if flow is not None:
             flow.tag -= waiter.cost * flow.inverse
-            self._turns = [(other.tag, serial, other) for _, serial, other in self._turns]
+            self._turns[:] = [(other.tag, serial, other) for _, serial, other in self._turns]
             heapq.heapify(self._turns)
         self._finished.pop(waiter.flow, None)
 
@@ -261,7 +265,7 @@ class Line(Generic[W]):
             flow.queue = deque(waiter for waiter in flow.queue if waiter.in_line)
             if not flow.queue:
                 self._depart(flow)
-        self._turns = [entry for entry in self._turns if entry[2].queue]
+        self._turns[:] = [entry for entry in self._turns if entry[2].queue]
         heapq.heapify(self._turns)
         self._gone = 0
 

@@ -19,12 +19,11 @@ given back like any other), it is aborted, or the stage closes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable
+from math import fsum, inf
 from types import TracebackType
 from typing import Any, NoReturn
 
-import attrs
 import trio
 from trio import current_time
 from trio.lowlevel import (
@@ -38,49 +37,15 @@ from trio.lowlevel import (
     wait_task_rescheduled,
 )
 
-from stagetrio.borrow import Limiter, Loan
+from stagetrio.borrow import Lending, Limiter
 from stagetrio.broadcast import Broadcasts
 from stagetrio.lease import LeaseLost, Ticket
 from stagetrio.limiter import Overloaded
 from stagetrio.line import Line
 from stagetrio.pace import Pace
+from stagetrio.ticket_statistics import TicketStatistics
 
 __all__ = ["LeaseLost", "Limiter", "Ticket", "TicketRequest", "TicketStage", "TicketStatistics"]
-
-
-@attrs.frozen
-class TicketStatistics:
-    """What `TicketStage.statistics` returns.
-
-    Args:
-        name: The stage's.
-        tickets: How many may be held at once, now.
-        held: How many are: the sum of the costs of the holders, those past their lease included.
-        holders: Tickets granted and not given back.
-        waiting: Requests in line, or behind others with the same key.
-        granted: Tickets granted so far; the fence of the newest.
-        refused: Requests refused so far: none free, the line full, or waited too long.
-        gave_up: Requests cancelled while they waited.
-        lost: Leases that ended, by time or by revocation, before their block did.
-        overrun: Holders that lost their lease and have not left their block; their tickets are not handed on before.
-        overrun_seconds: What all holders, the present ones included, spent in their blocks after losing their lease.
-        broadcasts: Messages sent to holders and waiters.
-        closed: Whether the stage grants no more.
-    """
-
-    name: str
-    tickets: float
-    held: float
-    holders: int
-    waiting: int
-    granted: int
-    refused: int
-    gave_up: int
-    lost: int
-    overrun: int
-    overrun_seconds: float
-    broadcasts: int
-    closed: bool
 
 
 class TicketStage:
@@ -103,8 +68,8 @@ class TicketStage:
         tickets: int | Limiter,
         *,
         max_waiting: float = 1000,
-        lease: float = math.inf,
-        max_wait: float = math.inf,
+        lease: float = inf,
+        max_wait: float = inf,
         revocable: bool = False,
         weight: Callable[[Hashable], float] | None = None,
         max_messages: int = 64,
@@ -124,18 +89,18 @@ class TicketStage:
         self.lease = lease
         self.max_wait = max_wait
         self.revocable = revocable
-        self._limiter: Limiter | None = None if isinstance(tickets, int) else tickets
+        self._lending = None if isinstance(tickets, int) else Lending(tickets)
         self._tickets = tickets if isinstance(tickets, int) else 0
         self._free = self._tickets  # of an own count; with a limiter 0, so that the quick way is never taken
-        self._held = 0  # of a limiter
-        self._loans: dict[Ticket, Loan] = {}
         self._line = Line["TicketRequest"](weight)
         self._front: TicketRequest | None = None  # who waits in the limiter
-        self._open = True
-        self._closes_at = math.inf
-        self._leasing = revocable or lease < math.inf
-        self._leases: dict[Ticket, None] = {}
+        self._open = True  # False from `close_after` on: then the clock has to be asked
+        self._watchful = max_wait < inf  # whether waiters have deadlines
+        self._closes_at = inf
+        self._leasing = revocable or lease < inf
+        self._leases: set[Ticket] = set()
         self._broadcasts = Broadcasts(max_messages)
+        self._sent = 0
         self._fence = 0
         self._returned = 0
         self._pace = Pace()
@@ -174,6 +139,25 @@ class TicketStage:
             self._refuse("tickets")
         return ticket
 
+    @property
+    def tickets(self) -> float:
+        """How many may be held at once, now.
+
+        Of a stage made with an int it can be set: more are handed on at once; fewer wait until holders leave, whom
+        nothing disturbs. The tickets of a limiter are the limiter's business.
+        """
+        return self._tickets if self._lending is None else self._lending.limiter.total_tokens
+
+    @tickets.setter
+    def tickets(self, tickets: int) -> None:
+        if self._lending is not None:
+            raise TypeError(f"the tickets of {self!r} are those of its limiter: set its total")
+        if not isinstance(tickets, int) or tickets < 0:
+            raise ValueError(f"tickets must be an int >= 0, not {tickets!r}")
+        self._free += tickets - self._tickets
+        self._tickets = tickets
+        self._hand_over()
+
     def revoke(self, ticket: Ticket, reason: str) -> None:
         """Take `ticket` away: its block is cancelled and raises `LeaseLost` with `reason`.
 
@@ -195,6 +179,7 @@ class TicketStage:
         Cost: the same for any number of listeners.
         """
         self._broadcasts.send(value)
+        self._sent += 1
 
     def close_after(self, seconds: float) -> None:
         """Stop granting `seconds` from now: waiters get `trio.ClosedResourceError` then, and holders finish.
@@ -207,7 +192,7 @@ class TicketStage:
         if not seconds >= 0:
             raise ValueError(f"seconds must be >= 0, not {seconds!r}")
         self._closes_at = min(self._closes_at, current_time() + seconds)
-        self._open = False  # for the quick ways; the moment itself is looked at where they are not taken
+        self._open, self._watchful = False, True
         # Those who are parked do not watch the clock. They wake once, in no order that matters, since their places
         # are kept, and park again with a deadline.
         for request in self._line:
@@ -221,11 +206,11 @@ class TicketStage:
         if self._leases:
             now = current_time()
             overruns = [now - ticket._deadline for ticket in self._leases if ticket.lost is not None]
-        limiter = self._limiter
+        lending = self._lending
         return TicketStatistics(
             name=self.name,
-            tickets=self._tickets if limiter is None else limiter.total_tokens,
-            held=self._tickets - self._free if limiter is None else self._held,
+            tickets=self.tickets,
+            held=self._tickets - self._free if lending is None else lending.held,
             holders=self._fence - self._returned,
             waiting=self._waiting(),
             granted=self._fence,
@@ -233,8 +218,8 @@ class TicketStage:
             gave_up=self._gave_up,
             lost=self._lost + len(overruns),
             overrun=len(overruns),
-            overrun_seconds=self._overrun_seconds + sum(overruns),
-            broadcasts=self._broadcasts.sent,
+            overrun_seconds=self._overrun_seconds + fsum(overruns),
+            broadcasts=self._sent,
             closed=not self._open and self._is_closed(),
         )
 
@@ -251,6 +236,7 @@ class TicketStage:
                 if 0 < cost <= self._tickets:
                     return False
             elif 0 < cost <= self._free:
+                self._free -= cost
                 self._grant(ticket)
                 return True
         return self._grant_slowly(ticket)
@@ -258,60 +244,46 @@ class TicketStage:
     def _grant_slowly(self, ticket: Ticket) -> bool:
         if self._is_closed():
             raise trio.ClosedResourceError(f"{self!r} is closed")
-        most = max(1, self._tickets) if self._limiter is None else math.inf
-        if not 1 <= ticket.cost <= most:
-            raise ValueError(f"cost must be between 1 and the {most} tickets of {self.name!r}, not {ticket.cost!r}")
-        if self._line.size or self._front is not None or (ticket.key is not None and self._line.busy(ticket.key)):
+        cost, key, lending = ticket.cost, ticket.key, self._lending
+        most = max(1, self._tickets) if lending is None else inf
+        if not 1 <= cost <= most:
+            raise ValueError(f"cost must be between 1 and the {most} tickets of {self.name!r}, not {cost!r}")
+        if self._line.size or self._front is not None or (key is not None and self._line.busy(key)):
             return False
-        if self._limiter is not None:
-            loan = Loan(self._limiter, ticket.cost)
-            if not loan.take_nowait():
-                return False
-            self._lend(ticket, loan)
-        elif ticket.cost <= self._free:
-            self._grant(ticket)
-        else:
+        if lending is None and cost <= self._free:
+            self._free -= cost
+        elif lending is None or not lending.take_nowait(ticket, cost):
             return False
-        if ticket.key is not None:
-            self._line.take_key(ticket.key)
+        if key is not None:
+            self._line.take_key(key)
+        self._grant(ticket)
         return True
 
     def _grant(self, ticket: Ticket) -> None:
-        """Make `ticket` one that is held; that it may be had is settled."""
-        if self._limiter is None:
-            self._free -= ticket.cost
+        """Make `ticket` one that is held; what it takes was taken."""
         self._fence = ticket.fence = self._fence + 1
         if self._leasing or ticket._lease is not None:
-            self._lease(ticket)
-
-    def _lend(self, ticket: Ticket, loan: Loan) -> None:
-        self._loans[ticket] = loan
-        self._held += loan.tokens
-        self._grant(ticket)
-
-    def _lease(self, ticket: Ticket) -> None:
-        lease = self.lease if ticket._lease is None else ticket._lease
-        if lease < math.inf or self.revocable:
-            ticket.leased = True
-            ticket._deadline = current_time() + lease
-            ticket._lost = ticket._scope = None
-            self._leases[ticket] = None
+            lease = self.lease if ticket._lease is None else ticket._lease
+            if lease < inf or self.revocable:
+                ticket.leased = True
+                ticket._deadline = current_time() + lease
+                ticket._lost = ticket._scope = None
+                self._leases.add(ticket)
 
     def _give_back(self, ticket: Ticket, well: bool) -> None:
-        ticket._left = self._broadcasts.sent
+        ticket._left = self._sent
         if ticket._messages is not None:
             ticket._messages._finish(ticket._left)
         self._returned += 1
         if ticket.leased:
-            del self._leases[ticket]
+            self._leases.discard(ticket)
             if ticket._lost is not None:
                 self._lost += 1
                 self._overrun_seconds += current_time() - ticket._deadline
-        if self._limiter is None:
+        if self._lending is None:
             self._free += ticket.cost
         else:
-            self._held -= ticket.cost
-            self._loans.pop(ticket).give_back(well)
+            self._lending.give_back(ticket, well)
         if ticket.key is not None:
             self._line.free_key(ticket.key)
         if self._line.size:
@@ -321,15 +293,18 @@ class TicketStage:
         """Grant to the head of the line as long as there is enough for it; or call it forward, to the limiter."""
         if not self._open and self._is_closed():
             return
-        if self._limiter is not None:
-            if self._front is None and (request := self._line.take(math.inf)) is not None:
+        if self._lending is not None:
+            if self._front is None and (request := self._line.take(inf)) is not None:
                 self._front = request
                 request._wake()
             return
         take = self._line.take
         while self._free > 0 and (request := take(self._free)) is not None:
+            self._free -= request.cost
             self._grant(request)
-            request._wake()
+            if request._task is not None:
+                reschedule(request._task)
+                request._task = None
 
     def _waiting(self) -> int:
         return self._line.waiting + (self._front is not None)
@@ -341,7 +316,7 @@ class TicketStage:
         """Refuse, with the time to come back by the pace at which tickets were given back lately."""
         self._refused += 1
         seconds = self._pace.seconds_for(self._waiting() + 1, self._returned, current_time())
-        raise Overloaded(reason, seconds or (self.lease if self.lease < math.inf else 0.0))
+        raise Overloaded(reason, seconds or (self.lease if self.lease < inf else 0.0))
 
 
 class TicketRequest(Ticket):
@@ -363,7 +338,7 @@ class TicketRequest(Ticket):
     @property
     def position(self) -> int:
         """How many would be served up to and including this one, by what is known now; 0 when it does not wait."""
-        if self.fence or self._left is not None or not hasattr(self, "number"):
+        if self.fence >= 0 or self._left is not None:
             return 0
         front = self._stage._front
         return 1 if front is self else self._stage._line.position(self) + (front is not None)
@@ -376,14 +351,14 @@ class TicketRequest(Ticket):
         if self.fence:
             raise RuntimeError("a ticket request can be entered once")
         stage = self._stage
-        if stage._free or stage._limiter is not None:  # else it has to wait, and notices a cancellation then
+        if stage._free or stage._lending is not None:  # else it has to wait, and notices a cancellation then
             await checkpoint_if_cancelled()
         if stage._grant_now(self) or self._join():
             await cancel_shielded_checkpoint()
         else:
             try:
-                while not self.fence:
-                    if stage._front is self or not stage._open or self._patience < math.inf:
+                while self.fence < 0:
+                    if stage._watchful or stage._front is self:
                         await self._step()
                     else:
                         self._task = current_task()
@@ -410,25 +385,24 @@ class TicketRequest(Ticket):
 
     def _join(self) -> bool:
         """Stand in line, or behind the key; say whether that was enough for a grant."""
-        if hasattr(self, "number"):
-            raise RuntimeError("a ticket request can be entered once")
         stage = self._stage
         line = stage._line
         if line.waiting + (stage._front is not None) >= stage.max_waiting:
             stage._refuse("waiting")
-        self._task = None
-        self._scope_in_limiter = None
-        self._patience = math.inf if stage.max_wait == math.inf else current_time() + stage.max_wait
         self.has_key = False
         line.add(self)
-        if stage._free or stage._limiter is not None:
+        self.fence = -1
+        self._task = None
+        self._scope_in_limiter = None
+        self._patience = inf if stage.max_wait == inf else current_time() + stage.max_wait
+        if stage._free or stage._lending is not None:
             stage._hand_over()
         return self.fence > 0
 
     def _withdraw(self, cancelled: bool) -> None:
         """End the wait as if it had never begun."""
         stage = self._stage
-        self._left = stage._broadcasts.sent
+        self._left = stage._sent
         if self._messages is not None:
             self._messages._finish(self._left)
         stage._gave_up += cancelled
@@ -448,19 +422,18 @@ class TicketRequest(Ticket):
             else:
                 self._task = current_task()
                 await wait_task_rescheduled(self._abort)
-        if not self.fence and stage._is_closed():
+        if self.fence < 0 and stage._is_closed():
             raise trio.ClosedResourceError(f"{stage!r} is closed")
-        if not self.fence and current_time() >= self._patience:
+        if self.fence < 0 and current_time() >= self._patience:
             stage._refuse("waiting")
 
     async def _borrow(self) -> None:
         """Wait in the limiter, and call the next forward."""
         stage = self._stage
-        assert stage._limiter is not None
-        loan = Loan(stage._limiter, self.cost)
-        await loan.take()
+        assert stage._lending is not None
+        await stage._lending.take(self, self.cost)
         stage._front = None
-        stage._lend(self, loan)
+        stage._grant(self)
         stage._hand_over()
 
     def _abort(self, _: Any) -> Abort:

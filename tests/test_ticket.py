@@ -716,3 +716,99 @@ async def test_wrong_requests_are_refused() -> None:
             raise AssertionError
     with pytest.raises(TypeError, match="tickets"):
         TicketStage("db", "2")  # type: ignore[arg-type]
+
+
+async def test_the_number_of_tickets_can_be_changed(autojump_clock: MockClock) -> None:
+    """More tickets are handed on at once; fewer wait for holders to leave, and cut nobody off."""
+    stage = TicketStage("db", 1)
+    held: list[float] = []
+
+    async def work() -> None:
+        async with stage.ticket():
+            held.append(stage.statistics().held)
+            await trio.sleep(1)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(work)
+        await wait_all_tasks_blocked()
+        assert len(held) == 1
+        stage.tickets = 4
+        await wait_all_tasks_blocked()
+        assert len(held) == 4
+        stage.tickets = 2
+        await trio.sleep(1.5)
+        assert stage.statistics().held == 2
+    assert max(held[4:]) == 2
+    assert stage.tickets == 2
+    with pytest.raises(ValueError, match="tickets"):
+        stage.tickets = -1
+    over = TicketStage("db", trio.CapacityLimiter(3))
+    assert over.tickets == 3
+    with pytest.raises(TypeError, match="limiter"):
+        over.tickets = 4
+
+
+async def test_large_tickets_of_two_stages_share_a_limiter_without_deadlock(autojump_clock: MockClock) -> None:
+    """Two stages that each need the whole limiter take turns, and neither holds a part the other waits for."""
+    limiter = trio.CapacityLimiter(4)
+    stages = [TicketStage("a", limiter), TicketStage("b", limiter)]
+    done: list[int] = []
+
+    async def work(number: int, cost: int) -> None:
+        for _ in range(5):
+            async with stages[number].ticket(cost=cost):
+                await trio.sleep(1)
+            done.append(number)
+
+    async def other() -> None:
+        for _ in range(20):
+            async with limiter:
+                await trio.sleep(0.3)
+
+    with trio.fail_after(100):
+        async with trio.open_nursery() as nursery:
+            for number in (0, 1):
+                nursery.start_soon(work, number, 4)
+                nursery.start_soon(work, number, 3)
+                nursery.start_soon(work, number, 1)
+                nursery.start_soon(other)
+    assert sorted(done) == [0] * 15 + [1] * 15
+    assert limiter.borrowed_tokens == 0
+
+
+async def test_strangers_in_endless_number_do_not_starve_a_flow(autojump_clock: MockClock) -> None:
+    """A flow with a backlog gets its turn also when every other request comes from a flow never seen before."""
+    stage = TicketStage("db", 1)
+    served = 0
+
+    async def regular() -> None:
+        nonlocal served
+        while True:
+            async with stage.ticket("regular"):
+                served += 1
+                await trio.sleep(1)
+
+    async def stranger(name: int) -> None:
+        async with stage.ticket(name):
+            await trio.sleep(1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(regular)
+        for name in range(300):
+            nursery.start_soon(stranger, name)
+            await trio.sleep(1 if name > 3 else 0)
+        nursery.cancel_scope.cancel()
+    assert served >= 15  # of n who wait it is due one in n, and the line grows by each service it gets: √(2 × 300)
+
+
+async def test_a_bad_weight_refuses_the_request_and_nothing_else(autojump_clock: MockClock) -> None:
+    """A weight that is none is a ValueError in the request that asked; the stage goes on."""
+    stage = TicketStage("db", 1, weight=lambda flow: 0 if flow == "bad" else 1)
+    async with stage.ticket("good"):
+        for key in (None, "k"):
+            with pytest.raises(ValueError, match="weight"):
+                await stage.ticket("bad", key=key).__aenter__()
+    assert stage.statistics().waiting == 0
+    async with stage.ticket("good", key="k"):
+        pass
