@@ -1,57 +1,123 @@
-"""Structured concurrency for Trio servers that keep their pace."""
+"""Structured concurrency for Trio servers that keep their pace.
+
+The public names of the primitives. Each is imported from its module when it is first asked for, so whoever uses one
+primitive pays for one, and ``import stagetrio`` costs next to nothing. `stagetrio.app` and what stands above it is
+imported by its own name.
+"""
 
 from __future__ import annotations
 
-from stagetrio.codec import Closed, Codec, Failed, Refused
-from stagetrio.fair_queue import Delivery, FairQueue
-from stagetrio.framing import LengthPrefixed, Lines, ProtocolError
-from stagetrio.lease import LeaseLost, Ticket
-from stagetrio.limiter import FlowRateLimiter, Overloaded, Rate, RateLimiter
-from stagetrio.nursery_pool import NurseryPool, open_nursery_pool
-from stagetrio.pacer import Pacer
-from stagetrio.remote import (
-    Procedures,
-    Remote,
-    RemoteError,
-    WorkerLost,
-    open_remote,
-    open_remote_stream,
-    serve_remote,
-    serve_remote_stream,
-)
-from stagetrio.snapshot import Snapshot
-from stagetrio.ticket import TicketRequest, TicketStage
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stagetrio.client import Client as Client
+    from stagetrio.client import RequestFailed as RequestFailed
+    from stagetrio.client import open_client as open_client
+    from stagetrio.codec import Closed as Closed
+    from stagetrio.codec import Codec as Codec
+    from stagetrio.codec import Done as Done
+    from stagetrio.codec import Failed as Failed
+    from stagetrio.codec import Refused as Refused
+    from stagetrio.fair_queue import Delivery as Delivery
+    from stagetrio.fair_queue import FairQueue as FairQueue
+    from stagetrio.framing import LengthPrefixed as LengthPrefixed
+    from stagetrio.framing import Lines as Lines
+    from stagetrio.framing import ProtocolError as ProtocolError
+    from stagetrio.lease import LeaseLost as LeaseLost
+    from stagetrio.limiter import FlowRateLimiter as FlowRateLimiter
+    from stagetrio.limiter import Overloaded as Overloaded
+    from stagetrio.limiter import Rate as Rate
+    from stagetrio.limiter import RateLimiter as RateLimiter
+    from stagetrio.nursery_pool import NurseryPool as NurseryPool
+    from stagetrio.nursery_pool import open_nursery_pool as open_nursery_pool
+    from stagetrio.pacer import Pacer as Pacer
+    from stagetrio.peer import Peer as Peer
+    from stagetrio.preempt import no_preempt as no_preempt
+    from stagetrio.remote import Procedures as Procedures
+    from stagetrio.remote import Remote as Remote
+    from stagetrio.remote import RemoteError as RemoteError
+    from stagetrio.remote import WorkerLost as WorkerLost
+    from stagetrio.remote import open_remote as open_remote
+    from stagetrio.remote import open_remote_stream as open_remote_stream
+    from stagetrio.remote import serve_remote as serve_remote
+    from stagetrio.remote import serve_remote_stream as serve_remote_stream
+    from stagetrio.rules import CloseReason as CloseReason
+    from stagetrio.rules import PeerLimits as PeerLimits
+    from stagetrio.server import StageServer as StageServer
+    from stagetrio.server import serve_stage as serve_stage
+    from stagetrio.snapshot import Snapshot as Snapshot
+    from stagetrio.sockets import open_listeners as open_listeners
+    from stagetrio.stage import Stage as Stage
+    from stagetrio.stall import Stall as Stall
+    from stagetrio.ticket import Ticket as Ticket
+    from stagetrio.ticket import TicketRequest as TicketRequest
+    from stagetrio.ticket import TicketStage as TicketStage
+    from stagetrio.watchdog import BudgetExceeded as BudgetExceeded
+    from stagetrio.watchdog import Watchdog as Watchdog
+    from stagetrio.watchdog import open_watchdog as open_watchdog
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Closed",
-    "Codec",
-    "Delivery",
-    "Failed",
-    "FairQueue",
-    "FlowRateLimiter",
-    "LeaseLost",
-    "LengthPrefixed",
-    "Lines",
-    "NurseryPool",
-    "Overloaded",
-    "Pacer",
-    "Procedures",
-    "ProtocolError",
-    "Rate",
-    "RateLimiter",
-    "Refused",
-    "Remote",
-    "RemoteError",
-    "Snapshot",
-    "Ticket",
-    "TicketRequest",
-    "TicketStage",
-    "WorkerLost",
-    "open_nursery_pool",
-    "open_remote",
-    "open_remote_stream",
-    "serve_remote",
-    "serve_remote_stream",
-]
+# {public name: its module}: for the interpreter what the imports above are for type checkers
+_ROOMS = {
+    "BudgetExceeded": "watchdog",
+    "Client": "client",
+    "CloseReason": "rules",
+    "Closed": "codec",
+    "Codec": "codec",
+    "Delivery": "fair_queue",
+    "Done": "codec",
+    "Failed": "codec",
+    "FairQueue": "fair_queue",
+    "FlowRateLimiter": "limiter",
+    "LeaseLost": "lease",
+    "LengthPrefixed": "framing",
+    "Lines": "framing",
+    "NurseryPool": "nursery_pool",
+    "Overloaded": "limiter",
+    "Pacer": "pacer",
+    "Peer": "peer",
+    "PeerLimits": "rules",
+    "Procedures": "remote",
+    "ProtocolError": "framing",
+    "Rate": "limiter",
+    "RateLimiter": "limiter",
+    "Refused": "codec",
+    "Remote": "remote",
+    "RemoteError": "remote",
+    "RequestFailed": "client",
+    "Snapshot": "snapshot",
+    "Stage": "stage",
+    "StageServer": "server",
+    "Stall": "stall",
+    "Ticket": "ticket",
+    "TicketRequest": "ticket",
+    "TicketStage": "ticket",
+    "Watchdog": "watchdog",
+    "WorkerLost": "remote",
+    "no_preempt": "preempt",
+    "open_client": "client",
+    "open_listeners": "sockets",
+    "open_nursery_pool": "nursery_pool",
+    "open_remote": "remote",
+    "open_remote_stream": "remote",
+    "open_watchdog": "watchdog",
+    "serve_remote": "remote",
+    "serve_remote_stream": "remote",
+    "serve_stage": "server",
+}
+
+__all__ = list(_ROOMS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

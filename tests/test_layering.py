@@ -32,6 +32,7 @@ FLOORS: dict[str, int | str] = {
     "reaper": 0,
     "rules": 0,
     "broadcast": 0,
+    "ticket_statistics": 0,
     "pace": 0,
     "stall": 0,
     "preempt": 0,
