@@ -34,6 +34,7 @@ async def receive_hello(stream: trio.abc.Stream, token: str | None) -> wire.Hell
 
     Raises:
         Unwelcome: It has the wrong token, speaks another version, or makes no sense.
+        trio.BrokenResourceError: It has left, or does not speak TLS as it should.
 
     Checkpoints: yes; gives up after ``HELLO_SECONDS``.
     """
@@ -92,8 +93,10 @@ async def introduce(stream: trio.abc.Stream, token: str | None, max_frame_bytes:
         try:
             await stream.send_all(_hellos.encode(wire.encode((0, wire.VERSION, token, max_frame_bytes))))
             answer = wire.read_from_worker(await _one_frame(stream))
-        except (ProtocolError, trio.BrokenResourceError) as error:
-            reason = str(error)
+        except ProtocolError as error:
+            reason = error.reason
+        except trio.BrokenResourceError as error:
+            reason = f"the connection broke: {error.__cause__ or error}"  # TLS gives its reasons as the cause
         else:
             if isinstance(answer, wire.Welcome):
                 return answer
@@ -104,10 +107,7 @@ async def introduce(stream: trio.abc.Stream, token: str | None, max_frame_bytes:
 async def _one_frame(stream: trio.abc.Stream) -> bytes:
     decoder = _hellos.decoder()
     while True:
-        try:
-            data = await stream.receive_some(wire.HELLO_BYTES)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            data = b""
+        data = await stream.receive_some(wire.HELLO_BYTES)
         if not data:
             decoder.receive_eof()
             raise ProtocolError("the other side closed the connection")
