@@ -31,10 +31,12 @@ FLOORS: dict[str, int | str] = {
     "router": 0,
     "reaper": 0,
     "rules": 0,
+    "failures": 0,
     "broadcast": 0,
     "ticket_statistics": 0,
     "pace": 0,
     "stall": 0,
+    "bytecode": 0,
     "preempt": 0,
     "turns": 0,
     "remote_output": 0,
@@ -82,7 +84,7 @@ FLOORS: dict[str, int | str] = {
     "notebook": BESIDE,
 }
 
-PURE = {"fair_order", "framing", "ranks", "router", "turns"}  # decisions only: they perform no I/O and know no event loop
+PURE = {"bytecode", "fair_order", "framing", "ranks", "router", "turns"}  # decisions only: they perform no I/O and know no event loop
 IO = {"trio", "trio_util", "asyncio", "anyio", "socket", "select", "selectors", "threading", "subprocess"}
 ONLY_IN = {"rich": {"cli", "demo"}, "coredis": {"redis"}, "IPython": {"notebook"}, "matplotlib": {"notebook", "demo"}}
 
