@@ -1,0 +1,38 @@
+"""Join a room, send each line of standard input, print what others say; the end of input leaves."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import trio
+from chat import Join, Said, Say, app
+
+from stagetrio.client import Client, open_client
+
+
+async def listen(client: Client) -> None:
+    async for message in client:
+        if isinstance(message, Said):
+            print(f"{message.name}: {message.text}", flush=True)
+    print(f"({client.close_reason})", flush=True)
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--room", default="lobby")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--at", default="tcp://127.0.0.1:8800", metavar="ADDRESS")
+    options = parser.parse_args()
+    async with open_client(options.at, app.codec) as client, trio.open_nursery() as nursery:
+        members = await client.ask(Join(options.room, options.name))
+        print(f"in {options.room}: {', '.join(members.names)}", flush=True)
+        nursery.start_soon(listen, client)
+        async for line in trio.wrap_file(sys.stdin):
+            # A reply, even an empty one, says that the line has been passed on.
+            await client.ask(Say(line.rstrip("\n")))
+        nursery.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    trio.run(main)

@@ -1,0 +1,25 @@
+"""Say something to the echo server and print what comes back: ``python echo_client.py WORD... [--at ADDRESS]``."""
+
+from __future__ import annotations
+
+import argparse
+
+import trio
+from echo import Say, app
+
+from stagetrio.client import open_client
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="+", metavar="WORD")
+    parser.add_argument("--at", default="tcp://127.0.0.1:8800", metavar="ADDRESS")
+    options = parser.parse_args()
+    async with open_client(options.at, app.codec) as client:
+        for word in options.words:
+            reply = await client.ask(Say(word))
+            print(reply.text)
+
+
+if __name__ == "__main__":
+    trio.run(main)

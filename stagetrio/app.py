@@ -1,0 +1,434 @@
+"""All of it from a script: an app is what its decorators say it is.
+
+An `App` collects message types and their handlers, tickets, periodic jobs and hooks; `App.serve` puts the parts
+together and serves them. The wire is length-prefixed frames of `stagetrio.codec.Codec` payloads.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import typing
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from math import inf
+from typing import Any, TypeVar
+
+import attrs
+import trio
+
+from stagetrio.codec import Codec
+from stagetrio.failures import Failures
+from stagetrio.framing import LengthPrefixed
+from stagetrio.peer import Peer
+from stagetrio.remote import Procedures, serve_remote
+from stagetrio.rules import CloseReason, PeerLimits
+from stagetrio.server import ServerStatistics, StageServer, serve_stage
+from stagetrio.sockets import Address, address_of, open_listeners
+from stagetrio.ticket import TicketStage
+from stagetrio.watchdog import Watchdog, open_watchdog
+
+M = TypeVar("M")
+OnMessage = Callable[[Peer[Any], Any], Coroutine[Any, Any, Any]]
+Hook = Callable[[Peer[Any]], Awaitable[object]]
+Job = Callable[[], Awaitable[object]]
+Lifespan = Callable[[], AbstractAsyncContextManager[object]]
+HookT = TypeVar("HookT", bound=Hook)
+JobT = TypeVar("JobT", bound=Job)
+LifespanT = TypeVar("LifespanT", bound=Lifespan)
+OnMessageT = TypeVar("OnMessageT", bound=OnMessage)
+
+logger = logging.getLogger("stagetrio.app")
+
+
+@attrs.frozen
+class AppDescription:
+    """What an app consists of, as `stagetrio run --check` prints it.
+
+    Args:
+        name: Of the app.
+        messages: ``{message type: handler}``, by name.
+        replies: Names of the message types that the server sends.
+        tickets: ``{ticket: how many}``.
+        jobs: ``{job: seconds between two starts}``.
+        procedures: Names of the procedures.
+        hooks: Names of the functions called for connections that come and go.
+    """
+
+    name: str
+    messages: dict[str, str]
+    replies: list[str]
+    tickets: dict[str, float]
+    jobs: dict[str, float]
+    procedures: list[str]
+    hooks: list[str]
+
+
+@attrs.frozen
+class AppStatistics:
+    """What an app has done and is doing.
+
+    Args:
+        server: The statistics of its server.
+        tickets: ``{name: statistics of the ticket stage}``.
+        failures: ``{"Type in function": how often}`` an exception left a handler, a hook or a job.
+    """
+
+    server: ServerStatistics
+    tickets: dict[str, Any]
+    failures: dict[str, int]
+
+
+class App:
+    """A server, put together by decorators::
+
+        app = App("echo")
+
+        @app.on(Say)
+        async def echo(peer: Peer[Any], message: Say) -> Say:
+            return message
+
+    ``stagetrio run script.py`` serves the one app of a script. A handler that fails is logged, once per cause, and its
+    peer gets `stagetrio.codec.Failed`; an app does not end because one of its functions raised.
+
+    Args:
+        name: For people: in logs and listings.
+        sends: Message types the app sends besides those that its handlers say they return.
+        workers: Handlers that may be waiting for something at once.
+        max_items: Messages queued, of all peers.
+        max_connections: Connections at once.
+        max_frame_bytes: The longest message, encoded.
+        max_handling: Seconds from a handler's first wait after which it is cancelled.
+        flow: Whose share a new peer's messages take from; by default each connection is a flow.
+        refuse: Answer messages for which there is no room by `stagetrio.codec.Refused`, instead of not reading them.
+        limits: The rules for every connection.
+        quantum: Seconds a handler may hold the loop before it is forced to a checkpoint. By default handlers are not
+            forced: see the warning in `stagetrio.watchdog` before switching it on.
+        budget: Seconds a handler may hold the loop in all before it is cancelled; only with a finite quantum.
+        preemptible: Modules, besides each handler's own, in which a handler may be forced to a checkpoint.
+
+    Raises:
+        ValueError, TypeError: An argument is out of range; some are found when the app is served.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        sends: typing.Iterable[type] = (),
+        workers: int = 100,
+        max_items: int = 10_000,
+        max_connections: float = 10_000,
+        max_frame_bytes: int = 65536,
+        max_handling: float = inf,
+        flow: Callable[[Peer[Any]], Hashable] | None = None,
+        refuse: bool = False,
+        limits: PeerLimits | None = None,
+        quantum: float = inf,
+        budget: float = inf,
+        preemptible: tuple[Any, ...] = (),
+    ) -> None:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name must be a non-empty str, not {name!r}")
+        self.name = name
+        self._sends = list(sends)
+        self._workers = workers
+        self._max_items = max_items
+        self._max_connections = max_connections
+        self._framing = LengthPrefixed(max_frame_bytes)
+        self._max_handling = max_handling
+        self._flow = flow
+        self._refuse = refuse
+        self._limits = limits
+        self._quantum = quantum
+        self._budget = budget
+        self._preemptible = preemptible
+        self._handlers: dict[type, OnMessage] = {}
+        self._tickets: dict[str, TicketStage] = {}
+        self._jobs: list[tuple[float, Job]] = []
+        self._connect_hooks: list[Hook] = []
+        self._disconnect_hooks: list[Hook] = []
+        self._lifespans: list[Lifespan] = []
+        self._procedures = Procedures()
+        self._procedure_names: list[str] = []
+        self._failures = Failures(logger, name)
+        self._server: StageServer[Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"<App {self.name!r}>"
+
+    # What the decorators collect.
+
+    def on(self, message_type: type, *, ticket: TicketStage | None = None) -> Callable[[OnMessageT], OnMessageT]:
+        """Make an async function ``(peer, message) -> reply or None`` the handler of a message type.
+
+        Args:
+            message_type: An attrs class. What the function's annotation says it returns is known to the wire as well.
+            ticket: What each message needs before its handler starts; one that waits too long is refused.
+
+        Raises:
+            TypeError: The type is not an attrs class, or the handler not an async function.
+            ValueError: The type has a handler already.
+        """
+        if not (isinstance(message_type, type) and attrs.has(message_type)):
+            raise TypeError(f"message_type must be an attrs class, not {message_type!r}")
+
+        def register(handler: OnMessageT) -> OnMessageT:
+            _check_async("a handler", handler)
+            if message_type in self._handlers:
+                raise ValueError(f"{message_type.__name__} has a handler already: {self._handlers[message_type]!r}")
+            self._handlers[message_type] = handler if ticket is None else _with_ticket(ticket, handler)
+            return handler
+
+        return register
+
+    def ticket(self, name: str, tickets: int | trio.CapacityLimiter, **options: Any) -> TicketStage:
+        """Make a ticket stage that belongs to this app; the arguments are those of `TicketStage`.
+
+        Raises:
+            ValueError: There is one of that name.
+        """
+        if name in self._tickets:
+            raise ValueError(f"name must be unique: there is a ticket {name!r} already")
+        stage = self._tickets[name] = TicketStage(name, tickets, **options)
+        return stage
+
+    def every(self, seconds: float) -> Callable[[JobT], JobT]:
+        """Call an async function without arguments again and again while the app is served.
+
+        Starts lie on a grid of ``seconds``, which does not drift; those that fall into a running call are left out.
+
+        Raises:
+            ValueError: ``seconds`` is not positive and finite.
+        """
+        if not 0 < seconds < inf:
+            raise ValueError(f"seconds must be positive and finite, not {seconds!r}")
+
+        def register(job: JobT) -> JobT:
+            _check_async("a job", job)
+            self._jobs.append((seconds, job))
+            return job
+
+        return register
+
+    def procedure(self, fn: Any) -> Any:
+        """Make a function callable from other processes; see `stagetrio.remote.Procedures`."""
+        registered = self._procedures.procedure(fn)
+        self._procedure_names.append(fn.__name__)
+        return registered
+
+    def on_connect(self, hook: HookT) -> HookT:
+        """Call an async function with each new peer, before anything is read from it."""
+        _check_async("a hook", hook)
+        self._connect_hooks.append(hook)
+        return hook
+
+    def on_disconnect(self, hook: HookT) -> HookT:
+        """Call an async function with each peer that is gone."""
+        _check_async("a hook", hook)
+        self._disconnect_hooks.append(hook)
+        return hook
+
+    def lifespan(self, context: LifespanT) -> LifespanT:
+        """Enter an async context manager before the app serves, and leave it afterwards: what handlers need open.
+
+        Args:
+            context: A function without arguments that returns one, such as ``@asynccontextmanager`` makes.
+        """
+        self._lifespans.append(context)
+        return context
+
+    @property
+    def codec(self) -> Codec[Any]:
+        """The messages of this app, for its clients too."""
+        types: dict[type, None] = dict.fromkeys(self._handlers)
+        for handler in self._handlers.values():
+            types.update(dict.fromkeys(_returned(handler)))
+        types.update(dict.fromkeys(self._sends))
+        return Codec(types)
+
+    def describe(self) -> AppDescription:
+        """Return what the decorators have collected."""
+        return AppDescription(
+            name=self.name,
+            messages={cls.__name__: handler.__qualname__ for cls, handler in self._handlers.items()},
+            replies=[cls.__name__ for cls in self.codec.types if cls not in self._handlers],
+            tickets={name: stage.statistics().tickets for name, stage in self._tickets.items()},
+            jobs={getattr(job, "__qualname__", repr(job)): seconds for seconds, job in self._jobs},
+            procedures=list(self._procedure_names),
+            hooks=[
+                getattr(hook, "__qualname__", repr(hook)) for hook in (*self._connect_hooks, *self._disconnect_hooks)
+            ],
+        )
+
+    # Serving.
+
+    async def serve(
+        self,
+        *addresses: str | Address,
+        procedures_at: typing.Sequence[str | Address] = (),
+        task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until `drain`, or until cancelled.
+
+        Args:
+            addresses: Where clients connect.
+            procedures_at: Where other processes call the app's procedures; keep these addresses from strangers.
+            task_status: Gets the addresses listened on, when all are open.
+
+        Raises:
+            OSError: An address cannot be had; its message names it.
+            ValueError: An address, or an argument of the app, makes no sense.
+            RuntimeError: The app is being served already.
+
+        Checkpoints: throughout. A cancellation closes every connection without ceremony.
+        """
+        if self._server is not None:
+            raise RuntimeError(f"{self!r} is being served already")
+        if not addresses:
+            raise ValueError("addresses must name at least one place to listen, not ()")
+        listeners = await open_listeners(*addresses)
+        try:
+            inner = await open_listeners(*procedures_at) if procedures_at else []
+            async with self._open() as watchdog, trio.open_nursery() as nursery:
+                self._server = await nursery.start(self._serve_clients, listeners, watchdog)
+                if inner:
+                    await nursery.start(serve_remote, self._procedures, inner)
+                for seconds, job in self._jobs:
+                    nursery.start_soon(self._repeat, seconds, job)
+                task_status.started([address_of(listener.socket) for listener in listeners])
+                await self._server.wait_ended()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._server = None
+            for listener in listeners:  # where serving did not come to begin
+                await trio.aclose_forcefully(listener)
+
+    async def drain(self, grace: float) -> None:
+        """Stop accepting, finish what was received within the grace, and end `serve`.
+
+        Args:
+            grace: Seconds after which what is left is cancelled. ≥ 0.
+
+        Raises:
+            RuntimeError: The app is not being served.
+
+        Checkpoints: always.
+        """
+        await self._running().drain(grace)
+
+    @property
+    def peers(self) -> tuple[Peer[Any], ...]:
+        """The connections there are, oldest first."""
+        return self._running().peers
+
+    def broadcast(self, message: Any, peers: typing.Iterable[Peer[Any]] | None = None) -> list[Peer[Any]]:
+        """Send one message to many peers, encoded once; see `StageServer.broadcast`."""
+        return self._running().broadcast(message, peers)
+
+    def statistics(self) -> AppStatistics:
+        """Return a snapshot of the counts, while the app is served."""
+        return AppStatistics(
+            server=self._running().statistics(),
+            tickets={name: stage.statistics() for name, stage in self._tickets.items()},
+            failures=dict(self._failures.counts),
+        )
+
+    def _running(self) -> StageServer[Any]:
+        if self._server is None:
+            raise RuntimeError(f"{self!r} is not being served")
+        return self._server
+
+    @asynccontextmanager
+    async def _open(self) -> AsyncIterator[Watchdog | None]:
+        async with AsyncExitStack() as stack:
+            for lifespan in self._lifespans:
+                await stack.enter_async_context(lifespan())
+            watchdog = None
+            if self._quantum != inf:
+                opened = open_watchdog(quantum=self._quantum, preemptible=self._preemptible)
+                watchdog = await stack.enter_async_context(opened)
+            yield watchdog
+
+    async def _serve_clients(
+        self,
+        listeners: typing.Sequence[trio.abc.Listener[Any]],
+        watchdog: Watchdog | None,
+        *,
+        task_status: trio.TaskStatus[StageServer[Any]],
+    ) -> None:
+        await serve_stage(
+            self._dispatch,
+            listeners,
+            framing=self._framing,
+            codec=self.codec,
+            flow=self._flow,
+            workers=self._workers,
+            max_items=self._max_items,
+            max_connections=self._max_connections,
+            refuse=self._refuse,
+            max_handling=self._max_handling,
+            limits=self._limits,
+            watchdog=watchdog,
+            budget=self._budget,
+            handler_of=self._handler_of,
+            on_connect=self._connected if self._connect_hooks else None,
+            on_disconnect=self._disconnected if self._disconnect_hooks else None,
+            on_error=self._failed,
+            task_status=task_status,
+        )
+
+    def _handler_of(self, message: Any) -> Callable[..., Any]:
+        return self._handlers.get(type(message), _turn_away)
+
+    def _dispatch(self, peer: Peer[Any], message: Any) -> Coroutine[Any, Any, Any]:
+        handler: OnMessage = self._handlers.get(type(message), _turn_away)
+        return handler(peer, message)
+
+    async def _connected(self, peer: Peer[Any]) -> None:
+        for hook in self._connect_hooks:
+            await hook(peer)
+
+    async def _disconnected(self, peer: Peer[Any]) -> None:
+        for hook in self._disconnect_hooks:
+            await hook(peer)
+
+    async def _repeat(self, seconds: float, job: Job) -> None:
+        start = trio.current_time()
+        while True:
+            try:
+                await job()
+            except Exception as error:
+                self._failures.record(error)
+            # The next point of the grid that is still to come.
+            passed = (trio.current_time() - start) // seconds
+            await trio.sleep_until(start + (passed + 1) * seconds)
+
+    def _failed(self, peer: Peer[Any], error: Exception) -> None:
+        self._failures.record(error)
+
+
+async def _turn_away(peer: Peer[Any], message: Any) -> None:
+    peer.end(CloseReason.PROTOCOL, f"{type(message).__name__} is not a message for this server")
+
+
+def _with_ticket(ticket: TicketStage, handler: OnMessage) -> OnMessage:
+    @functools.wraps(handler)
+    async def with_ticket(peer: Peer[Any], message: Any) -> Any:
+        async with ticket.ticket(peer.flow):
+            return await handler(peer, message)
+
+    return with_ticket
+
+
+def _check_async(what: str, fn: object) -> None:
+    if not inspect.iscoroutinefunction(fn):
+        raise TypeError(f"{what} must be an async function, not {fn!r}")
+
+
+def _returned(handler: OnMessage) -> list[type]:
+    """The attrs classes that a handler's annotation says it returns."""
+    annotation = typing.get_type_hints(handler).get("return")
+    candidates = typing.get_args(annotation) or (annotation,)
+    return [cls for cls in candidates if isinstance(cls, type) and attrs.has(cls)]
