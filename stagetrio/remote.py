@@ -156,7 +156,8 @@ async def serve_remote(
         try:
             if connected > max_connections:
                 procedures.tally.refused += 1
-                await say_bye(stream, f"{max_connections} callers are connected already")
+                if connected <= 2 * max_connections:  # a herd is not seen off one by one
+                    await say_bye(stream, f"{max_connections} callers are connected already")
                 await trio.aclose_forcefully(stream)
                 return
             await serve_remote_stream(

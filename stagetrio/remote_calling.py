@@ -30,12 +30,12 @@ from msgspec import Raw
 from stagetrio import remote_wire as wire
 from stagetrio.framing import LengthPrefixed, ProtocolError
 from stagetrio.limiter import Overloaded
+from stagetrio.remote_hello import GOODBYE_SECONDS
 from stagetrio.remote_output import Output
 from stagetrio.remote_values import Values
 from stagetrio.remote_wire import RemoteError, WorkerLost
 
 RECEIVE_BYTES = 65536
-GOODBYE_SECONDS = 1.0  # how long a connection that is closed in good order may take to hand over what it has to say
 _CALL, _POST, _OPEN = 1, 2, 3
 
 _ABANDONED: Final = "abandoned"  # stands for a caller that has left

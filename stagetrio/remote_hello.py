@@ -9,6 +9,7 @@ The token crosses as it is: over a network it needs TLS to stay a secret.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 
 import trio
@@ -18,6 +19,7 @@ from stagetrio.framing import LengthPrefixed, ProtocolError
 from stagetrio.remote_wire import WorkerLost
 
 HELLO_SECONDS = 10.0
+GOODBYE_SECONDS = 1.0  # for the last words of a connection
 _hellos = LengthPrefixed(wire.HELLO_BYTES)
 
 
@@ -71,13 +73,25 @@ async def say_welcome(stream: trio.abc.Stream, max_in_flight: int, max_frame_byt
 async def say_bye(stream: trio.abc.Stream, reason: str) -> None:
     """Tell a caller why it is not welcome, if it listens.
 
-    Checkpoints: yes; gives up after a second.
+    Checkpoints: yes; gives up after ``GOODBYE_SECONDS``.
     """
-    with trio.move_on_after(1):
-        try:
+    with trio.move_on_after(GOODBYE_SECONDS):
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await stream.send_all(_hellos.encode(wire.encode((5, reason[:500]))))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return
+        await see_off(stream)
+
+
+async def see_off(stream: trio.abc.Stream) -> None:
+    """Read until the other side leaves, after the last word has been said to it.
+
+    A socket that is closed with input unread resets the connection, and that would overtake the last word.
+
+    Checkpoints: yes; gives up after ``GOODBYE_SECONDS``.
+    """
+    with trio.move_on_after(GOODBYE_SECONDS):
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while await stream.receive_some(65536):
+                pass
 
 
 async def introduce(stream: trio.abc.Stream, token: str | None, max_frame_bytes: int) -> wire.Welcome:
@@ -107,7 +121,7 @@ async def introduce(stream: trio.abc.Stream, token: str | None, max_frame_bytes:
 async def _one_frame(stream: trio.abc.Stream) -> bytes:
     decoder = _hellos.decoder()
     while True:
-        data = await stream.receive_some(wire.HELLO_BYTES)
+        data = await stream.receive_some(65536)  # or what is left unread would take our answer with it
         if not data:
             decoder.receive_eof()
             raise ProtocolError("the other side closed the connection")

@@ -44,13 +44,13 @@ from stagetrio import remote_wire as wire
 from stagetrio.framing import LengthPrefixed, ProtocolError
 from stagetrio.limiter import Overloaded
 from stagetrio.procedures import Procedure, Procedures
+from stagetrio.remote_hello import GOODBYE_SECONDS, see_off
 from stagetrio.remote_output import Output
 
 RECEIVE_BYTES = 65536
 SLICE_REQUESTS = 64  # first steps between two checkpoints of a leader
 SLICE_SECONDS = 0.002
 MAX_IDLE = 64  # workers kept for the next request that blocks
-GOODBYE_SECONDS = 1.0
 _MESSAGE_CHARACTERS = 500
 _TRACEBACK_CHARACTERS = 8000
 
@@ -126,6 +126,8 @@ class ServedConnection:
             with trio.move_on_after(GOODBYE_SECONDS):
                 await self._output.drained()
             writers.cancel_scope.cancel()
+        if self._fault is not None:
+            await see_off(self._stream)
 
     # Workers
 

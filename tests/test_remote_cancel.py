@@ -253,9 +253,7 @@ async def test_a_deadline_that_is_put_off_after_the_call_still_ends_it(
     assert log.procedures.statistics().cancelled == 1
 
 
-async def test_a_post_is_not_bound_to_its_senders_deadline(
-    pair: Pair, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_a_post_is_not_bound_to_its_senders_deadline(pair: Pair, autojump_clock: trio.testing.MockClock) -> None:
     """Who posts does not wait, so its deadline is not the procedure's."""
     log = Log()
     async with serving(log.procedures, pair) as remote:
