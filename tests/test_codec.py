@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import enum
+import typing
 
 import attrs
 import msgspec
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagetrio.codec import Closed, Codec, Done, Failed, Refused
+from stagetrio.codec import Closed, Codec, Done, Failed, Refused, wire_type
 from stagetrio.framing import ProtocolError
 
 
@@ -175,3 +176,47 @@ def test_types_must_be_attrs_classes_with_distinct_names() -> None:
     with pytest.raises(ValueError, match="two called 'Bid'"):
         Codec([Bid, other])
     assert Codec([Bid, Bid]).types[0] is Bid
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        (int, 5),
+        (None, None),
+        (Position, Position(1, 2)),
+        (list[Position | None], [Position(1, 2), None]),
+        (dict[str, tuple[int, ...]], {"a": (1, 2)}),
+        (int | str, "x"),
+        (Colour, Colour.BLUE),
+        (datetime.datetime, datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)),
+        (Needy, Needy(1, secret="x", other=3)),
+        (list[Needy], [Needy(1)]),
+        (Needy | None, None),
+        (dict[str, Needy], {"a": Needy(1)}),
+        (Position | Bid, Bid(5)),
+        (typing.Any, [1, {"a": None}, "b"]),
+        (object, 1.5),
+    ],
+)
+def test_single_values_cross_by_their_annotation(annotation: object, value: object) -> None:
+    """What crosses alone, as an argument or a result, takes the fast path where that is right, else cattrs."""
+    type = wire_type(annotation)
+    payload = msgspec.msgpack.encode(value if type.unstructure is None else type.unstructure(value))
+    decoded = msgspec.msgpack.Decoder(type.wire).decode(payload)
+    assert (decoded if type.structure is None else type.structure(decoded)) == value
+
+
+def test_plain_annotations_take_the_fast_path() -> None:
+    """Nothing is structured or unstructured where msgspec does it all."""
+    for annotation in (int, Position, list[Position], dict[str, Move], int | None):
+        assert wire_type(annotation).structure is None
+        assert wire_type(annotation).unstructure is None
+    for beyond in (Needy, list[Needy], Holder, Position | Bid):
+        assert wire_type(beyond).structure is not None
+
+
+@pytest.mark.parametrize("annotation", [complex, list[list[complex]], dict[complex, int], typing.Callable[[int], str]])
+def test_annotations_nobody_can_read_are_refused(annotation: object) -> None:
+    """A type that neither msgspec nor the converter knows is an error at once, not at the first value."""
+    with pytest.raises(TypeError, match="cannot cross the wire"):
+        wire_type(annotation)
