@@ -14,8 +14,7 @@ leaving the line undoes everything. So no wake-up can be lost, whatever is cance
 for it (``_collecting``), so that a burst wakes one task and not all of them.
 
 **The bounds.** Below `_soft` items, and while no receiver waits, a send is an append. From there on `_refusal`
-decides: by the bound of the flow, by the bound of the queue, and by the *reserve*. The last eighth of the places
-beyond the first 64 is kept for flows which hold less than their equal share of the queue; otherwise one flow that sends
+decides: by the bound of the flow, by the bound of the queue, and by the *reserve*. The X otherwise one flow that sends
 faster than it is served would fill the queue, and the polite ones would be refused on its account. The reserve opens
 with the first receive (a queue nobody has read from is being filled, not overloaded), and it does not exist for a flow
 that is alone.
@@ -47,8 +46,10 @@ from trio.lowlevel import (
     wait_task_rescheduled,
 )
 
-from stagetrio.fair_order import Delivery, F, FairOrder, Flow, T, check_positive
+from stagetrio.fair_order import EMPTY, Delivery, F, FairOrder, Flow, T, check_positive
 from stagetrio.limiter import Overloaded
+
+PILE = 32  # items up to which a flow is never thought to crowd others out
 
 __all__ = ["Delivery", "FairQueue", "FairQueueStatistics", "FlowChannel"]
 
@@ -118,6 +119,8 @@ class FairQueue(Generic[F, T]):
             raise TypeError(f"weight must be callable or None, not {weight!r}")
         self._order: FairOrder[F, T] = FairOrder(weight=weight)
         self._flows = self._order.flows
+        self._woken = self._order.woken
+        self._rest_bound = self._flow_bound - 1  # of the items behind a flow's first
         self._items = 0
         self._reserve = max(0, (int(max_items) - 64) // 8) if max_items != math.inf else 0
         self._soft = max_items  # up to here a send needs no decision; -1 when closed
@@ -135,6 +138,7 @@ class FairQueue(Generic[F, T]):
 
     # Sending
 
+    @enable_ki_protection
     def send_nowait(self, flow: F, item: T, *, cost: float = 1.0) -> None:
         """Queue an item, or refuse it at once.
 
@@ -153,32 +157,35 @@ class FairQueue(Generic[F, T]):
         record = self._flows.get(flow)
         if record is None:
             record = self._order.flow(flow)
-        self._send(record, item, cost)
+        count = self._items
+        if count < self._soft and cost == 1.0 and record.first is EMPTY:
+            record.first = item
+            self._woken.append(record)
+            self._items = count + 1
+            if self._receivers:
+                self._hand_over()
+        else:
+            self._send(record, item, cost)
 
     @enable_ki_protection
     def _send(self, record: Flow[F, T], item: T, cost: float) -> None:
         if cost != 1.0:
             check_positive("cost", cost)
-        items = record.items
-        count = self._items
-        if count >= self._soft or len(items) >= self._flow_bound:
+        if self._items >= self._soft or len(record) >= self._flow_bound:
             self._decide(record)
-        if items:
-            items.append((item, cost))
-        else:
-            self._order.activate(record).append((item, cost))
-        self._items = count + 1
+        self._order.push(record, item, cost)
+        self._items += 1
         if self._receivers:
             self._hand_over()
 
     @enable_ki_protection
     def _send_many(self, record: Flow[F, T], items: Sequence[T], cost: float) -> int:
         check_positive("cost", cost)
-        bound = min(self._soft - self._items, self._flow_bound - len(record.items))
-        easy = len(items) if bound >= len(items) else max(0, int(bound))
-        if easy:
-            queued = record.items or self._order.activate(record)
-            queued.extend([(item, cost) for item in items[:easy]])
+        bound = min(self._soft - self._items, self._flow_bound - len(record), len(items))
+        easy = 0
+        if bound > 1 and cost == 1.0 and record.costs is None:
+            easy = int(bound)
+            self._order.push_many(record, items[:easy])
             self._items += easy
             if self._receivers:
                 self._hand_over()
@@ -199,12 +206,12 @@ class FairQueue(Generic[F, T]):
             raise Overloaded(reason, self._retry_after())
 
     def _refusal(self, record: Flow[F, T]) -> str | None:
-        count, own = self._items, len(record.items)
+        count, own = self._items, len(record)
         if own >= self._flow_bound:
             return "flow"
         if count >= self._max_items:
             return "queue"
-        if count >= self._soft and len(self._flows) > 1 and own * max(2, self._order.backlogged) >= self._max_items:
+        if own >= PILE and len(self._flows) > 1 and own * (self._order.backlogged + 1) >= self._max_items:
             return "flow"
         return None
 
@@ -244,7 +251,7 @@ class FairQueue(Generic[F, T]):
     async def _send_wait(self, record: Flow[F, T], item: T, cost: float) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
         if not record.waiters:
-            full = self._items >= self._soft or len(record.items) >= self._flow_bound
+            full = self._items >= self._soft or len(record) >= self._flow_bound
             if not full or (not self._closed and self._refusal(record) is None):
                 self._send(record, item, cost)
                 await trio.lowlevel.cancel_shielded_checkpoint()
@@ -291,7 +298,7 @@ class FairQueue(Generic[F, T]):
                 reschedule(task)
                 if record not in lines:
                     continue
-            elif len(record.items) >= self._flow_bound:
+            elif len(record) >= self._flow_bound:
                 del lines[record]  # until one of its items is taken
                 continue
             else:
@@ -588,7 +595,7 @@ class FlowChannel(trio.abc.SendChannel[T], Generic[F, T]):
     @property
     def backlog(self) -> int:
         """Items of this flow queued now."""
-        return len(self._record.items)
+        return len(self._record)
 
     def send_nowait(self, item: T, cost: float = 1.0) -> None:
         """Queue an item, or refuse it at once: `FairQueue.send_nowait`.
@@ -599,7 +606,23 @@ class FlowChannel(trio.abc.SendChannel[T], Generic[F, T]):
         """
         if self._closed:
             raise trio.ClosedResourceError("the channel is closed")
-        self._queue._send(self._record, item, cost)
+        record, queue = self._record, self._queue
+        count = queue._items
+        if count >= queue._soft or cost != 1.0:
+            queue._send(record, item, cost)
+            return
+        if record.first is EMPTY:
+            record.first = item
+            queue._woken.append(record)
+        else:
+            rest = record.rest
+            if rest is None or len(rest) >= queue._rest_bound or record.costs is not None:
+                queue._send(record, item, cost)
+                return
+            rest.append(item)
+        queue._items = count + 1
+        if queue._receivers:
+            queue._hand_over()
 
     def send_many_nowait(self, items: Sequence[T], cost: float = 1.0) -> int:
         """Queue as many items as there are places for, in order, and return their number; the rest is refused.
