@@ -3,36 +3,34 @@
 Theory of operation
 ===================
 
-A handler runs on a stack of its own (`stagetrio.preempt`), driven by its task. While it holds the loop a one-shot
-timer is armed for the end of its slice. The timer's signal handler runs on the handler's stack, in the middle of
-whatever the handler does, and switches to the driver, which waits for a turn (`stagetrio.turns`) as an ordinary
-blocked task: other tasks run; a cancellation is delivered there, raised by the signal handler, and so inside of the
-handler; when its turn comes the signal handler returns, and the handler goes on as if nothing had happened.
+A handler runs on a stack of its own (`stagetrio.preempt`), driven by its task. While it holds the loop an alarm
+(`stagetrio.alarm`) is set for the end of its slice. It rings on the handler's stack, in the middle of whatever the
+handler does, and, where that is allowed (`stagetrio.stopping`), switches to the driver, which waits for a turn
+(`stagetrio.turns`) as an ordinary blocked task: other tasks run; a cancellation is delivered there, raised where the
+alarm rang, and so inside of the handler; when its turn comes the handler goes on as if nothing had happened.
 
-**What is armed when.** Arming is a system call, so it is not done per handler: a timer that will ring no later than
-the end of the slice is left as it is. When it rings, and the slice is not at its end, it is armed for the rest; when
-nobody is active it is not armed again. The invariant: *while a handler is active, the timer is armed for its deadline
-or earlier*. It holds because ``active`` and the deadline are set before the timer is looked at: a signal before that
-finds nobody and disarms, and the look arms; a signal after it finds the handler, and arms.
+**What is armed when.** Arming is a system call, so it is not done per handler: an alarm that will ring no later than
+the end of the slice is left as it is. When it rings and the slice is not at its end, it is armed for the rest; when
+nobody is active it is not armed again. The invariant: *while a handler is active, the alarm is armed for its end or
+earlier*. It holds because ``active`` and the end are set before the alarm is looked at: a ring before that finds nobody
+and disarms, and the look arms; a ring after it finds the handler, and arms.
 
 **What is charged** is the time for which the loop was held (``perf_counter``), not processor time: ``time.sleep`` burns
-nothing and delays everyone. The tags of flows are kept only while somebody has had to wait: without contention a
-handler costs two readings of the clock.
+nothing and delays everyone. Flows are charged only while somebody has had to wait: without contention a handler costs
+two readings of the clock.
+
+**Cancellation at a forced checkpoint** is withheld while the handler is cleaning up (in a ``finally`` or ``except``
+block), so that what it has begun there it ends, for up to ``cleanup`` seconds of holding the loop.
 
 **Nesting.** A handler that awaits ``watchdog.run`` has its own slice suspended while the inner handler has the loop;
 the inner driver runs on the outer stack, and what it yields passes through the outer one's driver.
-
-A system task keeps the loop turning while somebody waits for a turn; turns are given at the start of a pass, by the
-instrument that counts passes.
 """
 
 from __future__ import annotations
 
 import math
-import signal
 import types
 from collections.abc import Awaitable, Callable, Generator, Hashable
-from time import perf_counter
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -42,164 +40,127 @@ from trio.lowlevel import (
     Abort,
     RaiseCancelT,
     Task,
-    cancel_shielded_checkpoint,
     current_task,
     enable_ki_protection,
     reschedule,
     wait_task_rescheduled,
 )
 
-from stagetrio.preempt import FINISHED, FORCED, Stack, Thrown, may_stop, own_code
+from stagetrio.alarm import Alarm, Interruptions
+from stagetrio.passes import Passes
+from stagetrio.preempt import FINISHED, FORCED, Stack, Thrown
+from stagetrio.stall import LateHandlers
+from stagetrio.stopping import denied_by, frames_up_to, in_cleanup, own_code
 from stagetrio.turns import Turns
 
 T = TypeVar("T")
 
-RETRY_SHARE = (
-    0.01  # of a quantum: when a switch that was put off is first tried again; then twice that, and so on
-)
 SLACK_SHARE = 0.05  # of a quantum: the least slice worth a switch
 
 
-class Loop(trio.abc.Instrument):
-    """What all lanes of one event loop share: the turns, the timer, and who holds the loop now.
+class Loop(Interruptions["Lane"]):
+    """What all lanes of one event loop share.
 
     Args:
+        alarm: What interrupts.
         quantum: Seconds of opted-in work per pass.
         preemptible: Names of modules in which handlers may be stopped besides their own.
         weight: Maps a flow to its weight.
+        cleanup: Seconds for which a cancelled handler's cleanup may hold the loop before it is cancelled in turn.
     """
 
     def __init__(
-        self, quantum: float, preemptible: tuple[str, ...], weight: Callable[[Hashable], float] | None
+        self,
+        alarm: Alarm,
+        quantum: float,
+        preemptible: tuple[str, ...],
+        weight: Callable[[Hashable], float] | None,
+        cleanup: float,
     ) -> None:
+        super().__init__(alarm, quantum)
         self.turns: Turns[Lane] = Turns(quantum, weight)
-        self.active: Lane | None = None
+        self.passes = Passes(self.turns)
+        self.preemptible = preemptible
+        self.cleanup = cleanup
         self.contended = 0  # handlers in hand that have waited behind others
-        self.passes = 0
-        self.forced = self.put_off = self.budgets_exceeded = 0
-        self.rings_at = -math.inf  # when the timer rings; inf: it is not armed; -inf: there is none to arm
-        self._preemptible = preemptible
-        self._turner: Task | None = None
-
-    # Turns.
-
-    def after_io_wait(self, timeout: float) -> None:
-        """Count a pass, and let those go whose turn it is."""
-        self.passes += 1
-        turns = self.turns
-        if turns.used or turns.waiting:
-            for lane in turns.next_pass():
-                assert lane.task is not None
-                reschedule(lane.task)
-
-    def keep_turning(self) -> None:
-        """Do not let the loop sleep: somebody waits for a turn."""
-        if self._turner is not None:
-            turner, self._turner = self._turner, None
-            reschedule(turner)
-
-    async def turn(self) -> None:
-        """Keep the loop turning while somebody waits for a turn; runs as a task of its own until it is cancelled."""
-
-        def abort(_: RaiseCancelT) -> Abort:
-            self._turner = None
-            return Abort.SUCCEEDED
-
-        while True:
-            if self.turns.waiting:
-                await cancel_shielded_checkpoint()
-            else:
-                self._turner = current_task()
-                await wait_task_rescheduled(abort)
-
-    # The timer.
-
-    def arm(self, deadline: float, now: float) -> None:
-        """Let the timer ring at ``deadline``."""
-        # In this order: a signal between the two lines leaves `rings_at` too late, and the timer is armed once more.
-        self.rings_at = deadline
-        signal.setitimer(signal.ITIMER_REAL, max(deadline - now, 1e-6))
-
-    @enable_ki_protection
-    def ring(self, signum: int, frame: FrameType | None) -> None:
-        """Handle the timer's signal; what this raises is raised in the handler that was interrupted."""
-        self.rings_at = math.inf
-        lane = self.active
-        if lane is None:
-            return
-        now = perf_counter()
-        if now < lane.deadline:
-            self.arm(lane.deadline, now)
-        elif self._may_stop(lane, frame):
-            self.forced += 1
-            lane.stack.stop()
-        else:
-            self.put_off += 1
-            lane.put_off += 1
-            quantum = self.turns.quantum
-            self.arm(now + quantum * min(RETRY_SHARE * 2.0**lane.put_off, 1.0), now)
-
-    def _may_stop(self, lane: Lane, frame: FrameType | None) -> bool:
-        stack = lane.stack
-        if greenlet.getcurrent() is not stack or stack.masked:
-            return False
-        assert lane.handler is not None
-        code, module = own_code(lane.handler, lane.coroutine)
-        return code is not None and may_stop(frame, code, module, self._preemptible)
+        self.budgets_exceeded = 0
+        self.late = LateHandlers()
 
 
 class Lane:
     """A stack on which a worker runs for its whole life, and may be stopped while it runs a handler.
 
-    ``await lane.run(worker)`` runs the worker in the calling task, as ``await worker()`` would. The worker brackets
-    each handler it drives, inline, by `begin` and `end`; only between them, and only in frames from the handler's own
-    upwards, are checkpoints forced. The worker itself is never stopped.
+    ``await lane.run(worker)`` runs the worker in the calling task, as ``await worker()`` would. The worker drives its
+    handlers inline, between `begin` and `end`, and separates one from the next by `lap`. Only there, and only in frames
+    from the handler's own upwards, are checkpoints forced. The worker itself is never stopped::
 
-    Made by `stagetrio.watchdog.Watchdog.open_lane`. One worker at a time.
+        async def worker() -> None:
+            async for batch in batches:
+                lane.begin(handler, batch[0].flow)
+                for message in batch:
+                    lane.flow = message.flow
+                    await handler(message)
+                    message.charge(lane.lap())
+                lane.end()
+
+    Made by `stagetrio.watchdog.Watchdog.open_lane`. One worker at a time; for Trio's thread only.
 
     Attributes:
+        flow: On whose account the handler in hand runs; None: on its own.
+        budget: Seconds for which each handler may hold the loop in all.
+        scope: The cancel scope that is cancelled when the handler in hand exceeds its budget, open around it in the
+            worker's task; None: no budget is enforced. The worker replaces it when it has been used up.
+        exceeded: Whether the handler in hand has exceeded its budget; stays until `begin` or the next `lap`.
         on_preempt: Called without arguments when the handler in hand is first made to wait for a turn behind others:
             once per handler, in the worker's task, outside of its stack. It may start tasks and wake them; what it
             raises is raised in the handler.
-        scope: The cancel scope that is cancelled when a handler exceeds its budget, open around the handler in the
-            worker's task. The worker replaces it when it has been used up.
-        exceeded: Whether the handler in hand, or the one that ended last, exceeded its budget.
-        held: Seconds for which the handler in hand had held the loop when it last gave it up; after `end`, in all.
     """
 
     __slots__ = (
+        "_alarm",
+        "_before",
+        "_cleaning",
+        "_clock",
+        "_denied",
         "_forced",
         "_loop",
+        "_started",
         "_turns",
+        "_withheld",
         "budget",
         "coroutine",
-        "deadline",
+        "end_at",
         "exceeded",
         "flow",
         "handler",
-        "held",
         "on_preempt",
         "put_off",
         "scope",
+        "since",
         "stack",
-        "started",
         "task",
     )
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._turns = loop.turns
+        self._alarm = loop.alarm
+        self._clock = loop.alarm.clock
         self.stack = Stack()
         self.task: Task | None = None
         self.handler: Callable[..., Any] | None = None
-        self.coroutine: Any = None
+        self.coroutine: Any = None  # the handler's, where it is known
         self.flow: Hashable = None
         self.budget = math.inf
-        self.started = 0.0
-        self.deadline = 0.0
-        self._forced = False  # has waited behind others
-        self.put_off = 0  # attempts in this slice
-        self.held = 0.0
+        self._started = 0.0  # when the handler last got the loop; what the pass is charged from
+        self.since = 0.0  # the same or when the handler in hand began, if that is later; what the flow is charged from
+        self._before = 0.0  # seconds for which the handler in hand had held the loop before `since`
+        self.end_at = 0.0  # of the slice
+        self._forced = False  # whether the handler in hand has waited behind others
+        self._cleaning = False  # whether it was stopped in cleanup
+        self._withheld = 0.0  # seconds for which cleanup has held the loop although cancelled
+        self.put_off = 0  # attempts to stop it in this slice
+        self._denied = ""  # where the last of them was made
         self.exceeded = False
         self.scope: trio.CancelScope | None = None
         self.on_preempt: Callable[[], object] | None = None
@@ -219,47 +180,43 @@ class Lane:
             result: T = await self.drive(worker(*args), task)
             return result
         finally:
-            self.task = None
-            self.discard_stack()
+            self.handler = self.task = None
+            self.stack.discard()
             self.stack = Stack()
 
-    def discard_stack(self) -> None:
-        """Free the stack, on which nothing runs any more."""
-        self.stack.parent = greenlet.getcurrent()  # where a greenlet that ends goes
-        self.stack.throw()
+    # What the worker says, on the lane's stack.
 
     @enable_ki_protection
     def begin(self, handler: Callable[..., Any], flow: Hashable = None, budget: float = math.inf) -> None:
-        """Say that a handler starts. Called by the worker, on this lane.
+        """Say that a handler starts.
 
-        Where there is nothing left to spend in this pass, the worker is suspended here until there is.
+        Where nothing is left to spend in this pass, the worker is suspended here until there is. A cancellation that
+        comes meanwhile ends the wait and is left to the next checkpoint.
 
         Args:
-            handler: The async function whose frame bounds what may be stopped; partials and decorated ones are
-                looked through.
+            handler: The async function whose frame bounds what may be stopped; partials, methods and decorated
+                functions are looked through.
             flow: On whose account it runs; None: on its own.
             budget: Seconds for which it may hold the loop in all, > 0.
-
-        Raises:
-            trio.Cancelled: While it waited; the handler must not be started, and `end` is called all the same.
 
         Cost: 0.2 µs.
         """
         self.handler = handler
         self.flow = flow
         self.budget = budget
-        self.held = 0.0
         self.exceeded = False
+        self._before = 0.0
         turns = self._turns
         left = turns.quantum - turns.used
         if left <= 0 or turns.overdue:
             left = self._wait_to_begin(left)
-        self.started = now = perf_counter()
-        self.deadline = deadline = now + (left if left < budget else budget)
-        loop = self._loop
-        loop.active = self
-        if loop.rings_at > deadline:
-            loop.arm(deadline, now)
+        self._started = self.since = now = self._clock()
+        self.end_at = end = now + left
+        if budget < left:
+            end = now + budget
+        self._loop.active = self
+        if self._alarm.rings_at > end:
+            self._alarm.arm(end, now)
 
     def _wait_to_begin(self, left: float) -> float:
         turns = self._turns
@@ -268,26 +225,86 @@ class Lane:
         return max(turns.quantum - turns.used, turns.quantum * SLACK_SHARE)
 
     @enable_ki_protection
+    def lap(self) -> float:
+        """Say that the handler in hand has ended and the next one starts; return for how long it held the loop.
+
+        The next one is the same function with the same budget; its ``flow`` is set by the worker. Where the slice is
+        at its end the worker is suspended here, as by `begin`.
+
+        Cost: 0.1 µs.
+        """
+        now = self._clock()
+        spent = now - self.since
+        held = self._before + spent
+        self.since = now
+        self._before = 0.0
+        if now >= self.end_at or self._loop.contended or self.exceeded:
+            self._lap_slowly(spent)
+        return held
+
+    def _lap_slowly(self, spent: float) -> None:
+        if self._loop.contended:
+            self._turns.charge(self.account(), spent)
+            self.settle()
+        self.exceeded = False
+        if self.since >= self.end_at:
+            handler = self.handler
+            assert handler is not None
+            flow, budget = self.flow, self.budget
+            self.end()
+            self.begin(handler, flow, budget)
+
+    @enable_ki_protection
     def end(self) -> float:
-        """Say that the handler has ended, whatever way; return the seconds for which it held the loop.
+        """Say that the handler in hand has ended, whatever way; return for how long it held the loop, in seconds.
 
         Cost: 0.2 µs.
         """
         loop = self._loop
+        held = self._before
         if loop.active is self:
-            held = perf_counter() - self.started
+            now = self._clock()
             loop.active = None
-            self._turns.used += held
-            self.held += held
+            self._turns.used += now - self._started
+            held += now - self.since
             if loop.contended:
-                self._turns.charge(self.account(), held)
+                self._turns.charge(self.account(), now - self.since)
         self.handler = None
         if loop.contended:
             self.settle()
-        return self.held
+        return held
+
+    # What the loop asks.
+
+    def end_of_slice(self) -> float:
+        """When the handler in hand is to be interrupted: at the end of its slice or of its budget."""
+        if self.budget == math.inf or self.exceeded:
+            return self.end_at
+        return min(self.end_at, self.since + self.budget - self._before)
+
+    def may_stop(self, frame: FrameType | None, *, at_a_seam: bool) -> bool:
+        """Whether the handler in hand may be stopped in ``frame``; remembers whether it is in cleanup there."""
+        if greenlet.getcurrent() is not self.stack:
+            return False
+        if self.stack.masked:
+            self._denied = "no_preempt()"
+            self.stack.on_unmasked = self._unmasked
+            return False
+        frames = frames_up_to(frame, own_code(self.handler, self.coroutine))
+        self._denied = denied_by(frames, self._loop.preemptible, at_a_seam=at_a_seam)
+        self._cleaning = in_cleanup(frames)
+        return not self._denied
+
+    def _unmasked(self, frame: FrameType) -> None:
+        if self._loop.active is self:
+            self._loop.ring(frame, lambda function: function(), at_a_seam=True)
+
+    def account(self) -> Hashable:
+        """The flow that is charged."""
+        return self if self.flow is None else self.flow
 
     def settle(self) -> None:
-        """Leave the contention that the handler was part of."""
+        """Leave the contention that the handler in hand was part of."""
         if self.flow is None:
             self._turns.forget(self)
         if self._forced:
@@ -296,38 +313,64 @@ class Lane:
             if not self._loop.contended:
                 self._turns.forget_all()
 
-    def account(self) -> Hashable:
-        """The flow that is charged."""
-        return self if self.flow is None else self.flow
+    # One handler alone, as `Watchdog.run` has it.
 
-    def _resume(self) -> None:
-        """The handler in hand gets the loop (back)."""
-        loop = self._loop
+    def prepare(
+        self, handler: Callable[..., Any], flow: Hashable, budget: float, scope: trio.CancelScope | None
+    ) -> None:
+        """Take a handler in hand that is yet to be driven."""
+        self.handler = handler
+        self.flow = flow
+        self.budget = budget
+        self.scope = scope
+        self.exceeded = False
+        self._before = 0.0
+
+    def must_wait(self) -> bool:
+        """Whether nothing is left for the handler in hand in this pass, or it owes."""
         turns = self._turns
-        left = max(turns.quantum - turns.used, turns.quantum * SLACK_SHARE)
-        if self.budget - self.held < left and not self.exceeded:
-            left = self.budget - self.held
-        self.put_off = 0
-        self.started = now = perf_counter()
-        self.deadline = deadline = now + left
-        loop.active = self
-        if loop.rings_at > deadline:
-            loop.arm(deadline, now)
+        return turns.used >= turns.quantum or (bool(turns.overdue) and turns.owes(self.account()))
 
-    def _pause(self) -> None:
+    def finish(self) -> None:
+        """Let go of the handler."""
+        self.handler = self.coroutine = self.task = self.scope = None
+        if self._loop.contended:
+            self.settle()
+
+    # The driver, in the worker's task.
+
+    def start(self) -> None:
+        """The handler in hand gets the loop (back)."""
+        turns = self._turns
+        self._started = self.since = now = self._clock()
+        self.end_at = now + max(turns.quantum - turns.used, turns.quantum * SLACK_SHARE)
+        self.put_off = 0
+        self._loop.active = self
+        end = self.end_of_slice()
+        if self._alarm.rings_at > end:
+            self._alarm.arm(end, now)
+
+    def pause(self) -> None:
         """The handler in hand has given up the loop, or has ended."""
         loop = self._loop
-        held = perf_counter() - self.started
+        now = self._clock()
         loop.active = None
-        self.held += held
-        self._turns.used += held
+        self._turns.used += now - self._started
+        held = now - self.since
+        self._before += held
         if loop.contended:
             self._turns.charge(self.account(), held)
-        if self.held >= self.budget and not self.exceeded:
-            self.exceeded = True
-            loop.budgets_exceeded += 1
-            if self.scope is not None:
-                self.scope.cancel(reason=f"budget of {self.budget:.3g} s exceeded")
+        if self._before >= self.budget and not self.exceeded:
+            self._exceed()
+        if self.put_off and now - self.end_at > self._turns.quantum:
+            assert self.handler is not None
+            loop.late.count(self.handler, self._denied)
+
+    def _exceed(self) -> None:
+        self.exceeded = True
+        self._loop.budgets_exceeded += 1
+        if self.scope is not None:
+            self.scope.cancel(reason=f"held the loop for longer than {self.budget:.3g} s")
 
     @types.coroutine
     def drive(self, coroutine: Any, task: Task) -> Generator[Any, Any, Any]:
@@ -339,72 +382,81 @@ class Lane:
         stack.gr_context = task.context
         outer = loop.active  # the handler that awaits this, if it is under the watchdog too
         if outer is not None:
-            outer._pause()
+            outer.pause()
         if self.handler is not None:
-            self._resume()
+            self.start()
         trap = stack.switch(coroutine)
         while trap is not FINISHED:
             if loop.active is self:
-                self._pause()
+                self.pause()
             if outer is not None:
-                outer._resume()
-            answer: Any
-            try:
-                if trap is FORCED:
-                    answer = None
-                    yield from self.wait_turn().__await__()
-                else:
-                    answer = yield trap
-            except BaseException as error:
-                answer = error if trap is FORCED else Thrown(error)
+                outer.start()
+            answer = yield from self._answer(trap)
+            if outer is not None:
+                outer.pause()
             if self.handler is not None:
-                if trap is not FORCED and self._turns.used >= self._turns.quantum:
-                    yield from self.wait_turn(shielded=True).__await__()
-                if outer is not None:
-                    outer._pause()
-                self._resume()
-            elif outer is not None:
-                outer._pause()
+                self.start()
             trap = stack.switch(answer)
         if loop.active is self:
-            self._pause()
+            self.pause()
         if outer is not None:
-            outer._resume()
-        return self._result()
+            outer.start()
+        return stack.result()
 
-    def _result(self) -> Any:
-        stack = self.stack
-        error, value = stack.error, stack.value
-        stack.error = stack.value = None
-        if error is None:
-            return value
+    def _answer(self, trap: Any) -> Generator[Any, Any, Any]:
+        """Do what the stack waits for; return what it is to be told."""
+        if trap is FORCED:
+            try:
+                begun = self._before > 0
+                yield from self.wait_turn(begun=begun, raises=begun and not self._withholds()).__await__()
+            except BaseException as error:
+                return error
+            return None
         try:
-            raise error
-        finally:
-            del error
+            answer = yield trap
+        except BaseException as error:
+            answer = Thrown(error)
+        if self.handler is not None and self._turns.used >= self._turns.quantum:
+            yield from self.wait_turn(begun=False, raises=False).__await__()
+        return answer
 
-    async def wait_turn(self, *, shielded: bool = False) -> None:
+    def _withholds(self) -> bool:
+        """Whether a cancellation is to wait until the handler has cleaned up."""
+        if not self._cleaning:
+            self._withheld = 0.0
+            return False
+        if trio.current_effective_deadline() == -math.inf:
+            self._withheld += self._clock() - self._started
+        return self._withheld < self._loop.cleanup
+
+    async def wait_turn(self, *, begun: bool, raises: bool) -> None:
         """Wait, in the driving task, until this lane's handler may go on, or start.
 
-        ``shielded``: what the handler waited for has happened, so a cancellation is left to its next checkpoint.
+        Args:
+            begun: It was stopped in mid-work.
+            raises: A cancellation is raised; else it ends the wait, and is left to the next checkpoint.
         """
-        loop, turns = self._loop, self._turns
-        begun = self.held > 0 and not shielded
+        loop, turns, task = self._loop, self._turns, self.task
         if begun and not self._forced:
             self._overrun()
+        cancelled = False
 
         def abort(_: RaiseCancelT) -> Abort:
-            if shielded:
-                return Abort.FAILED
+            nonlocal cancelled
             turns.leave(self)
-            return Abort.SUCCEEDED
+            if raises:
+                return Abort.SUCCEEDED
+            cancelled = True
+            assert task is not None
+            reschedule(task)
+            return Abort.FAILED
 
         again = False
-        while True:
+        while not cancelled:
             overdue = turns.wait(self, self.account(), begun=begun, again=again)
             if overdue and not self._forced:
                 self._overrun()
-            loop.keep_turning()
+            loop.passes.keep_turning()
             await wait_task_rescheduled(abort)
             if turns.used < turns.quantum:
                 return
@@ -412,7 +464,7 @@ class Lane:
 
     def _overrun(self) -> None:
         if not self._loop.contended:
-            self._turns.charge(self.account(), self.held)
+            self._turns.charge(self.account(), self._before)
         self._forced = True
         self._loop.contended += 1
         if self.on_preempt is not None:

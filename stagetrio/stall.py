@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import sys
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator
 from time import perf_counter
 from types import CodeType, FrameType
@@ -35,6 +37,7 @@ logger = logging.getLogger("stagetrio.watchdog")
 
 MAX_CAUSES = 256
 STACK_DEPTH = 8
+OFTEN = 20  # slices of one handler that ended a quantum late, after which it is reported
 
 Cause = tuple[CodeType, CodeType]  # of the task's outermost coroutine, and of the innermost frame
 
@@ -265,3 +268,55 @@ def describe(
         ),
         preemptible=False if work is None else work.preemptible,
     )
+
+
+class StepTimes(trio.abc.Instrument):
+    """A histogram of how long steps last; an instrument, at the price of two hooks per step.
+
+    Args:
+        bounds: Upper bounds of the classes in seconds, rising; what is above the last is a class of its own.
+    """
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        if list(bounds) != sorted(set(bounds)) or not all(0 < bound < math.inf for bound in bounds):
+            raise ValueError(f"step_bounds must be rising seconds above 0, not {bounds!r}")
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._started = 0.0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        """Called by Trio."""
+        self._started = perf_counter()
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        """Called by Trio."""
+        self._counts[bisect_left(self._bounds, perf_counter() - self._started)] += 1
+
+    def table(self) -> tuple[tuple[float, int], ...]:
+        """Return ``(bound, steps up to it and above the one before)``, the last bound unbounded."""
+        return tuple(zip((*self._bounds, math.inf), self._counts, strict=True))
+
+
+class LateHandlers:
+    """Counts, by handler, the slices that ended late because they could not be ended where they were.
+
+    The `MAX_CAUSES` most recent are kept, and one that comes often is reported in the log, once.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}  # by name, the most recent last
+
+    def count(self, handler: Callable[..., Any], place: str) -> None:
+        """Count one slice, which could last not be ended in ``place``."""
+        name = name_of(handler)
+        count = self.counts[name] = self.counts.pop(name, 0) + 1
+        if len(self.counts) > MAX_CAUSES:
+            del self.counts[next(iter(self.counts))]
+        if count == OFTEN:
+            logger.warning(
+                "%s has been stopped a quantum late, or later, %d times, the last time for being in %s; "
+                "modules in which it may be stopped are declared by preemptible=",
+                name,
+                count,
+                place,
+            )

@@ -7,23 +7,17 @@ may be suspended, and cancelled, at any point of its own module. Read "What pree
 Theory of operation
 ===================
 
-What stops a handler, and what it is charged, is in `stagetrio.lane`; where it may be stopped in `stagetrio.preempt`;
-who goes on next in `stagetrio.turns`; what is reported in `stagetrio.stall`. Here they are put together: `run` takes
-an idle lane and runs one handler on it, and `open_watchdog` owns what must be undone: the signal handler, the timer,
-the instrument, the monitor's thread and the task that keeps the loop turning.
-
-**Where nothing can be stopped** (``trio.run`` outside of the main thread, Windows, a timer that belongs to someone
-else) handlers run all the same, are reported, and are cancelled past their budget at their next own checkpoint.
-``statistics().mechanism`` tells.
+What stops a handler, and what it is charged, is in `stagetrio.lane`; where it may be stopped in `stagetrio.stopping`;
+who goes on next in `stagetrio.turns`; what interrupts in `stagetrio.alarm`; what is reported in `stagetrio.stall`. Here
+they are put together: `Watchdog.run` takes an idle lane and runs one handler on it, and `open_watchdog` owns what must
+be undone.
 """
 
 from __future__ import annotations
 
 import math
-import signal
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from types import ModuleType
 from typing import TypeVar
@@ -32,15 +26,18 @@ import attrs
 import trio
 from trio.lowlevel import Task, current_task
 
+from stagetrio.alarm import SIGALRM, Alarm, StepClock, choose_alarm
 from stagetrio.lane import Lane, Loop
-from stagetrio.preempt import module_names, no_preempt
-from stagetrio.stall import Monitor, Stall, StallCause, Work, name_of
+from stagetrio.preempt import no_preempt
+from stagetrio.stall import Monitor, Stall, StallCause, StepTimes, Work, name_of
+from stagetrio.stopping import module_names
 
 __all__ = [
     "BudgetExceeded",
     "Lane",
     "Stall",
     "StallCause",
+    "StepClock",
     "Watchdog",
     "WatchdogStatistics",
     "no_preempt",
@@ -74,16 +71,20 @@ class WatchdogStatistics:
     """What a watchdog has seen and done.
 
     Args:
-        mechanism: What stops handlers: ``"timer"``, or ``"none"`` where nothing can.
+        mechanism: What stops handlers: ``"timer"``, ``"thread"``, ``"monitoring"``, ``"steps"``, or ``"none"`` where
+            nothing can; see `stagetrio.alarm`.
         quantum: Seconds of opted-in work per pass of the loop.
         passes: Passes of the loop so far.
         forced: Checkpoints that were forced.
         put_off: Attempts to force one where it was not allowed; each is repeated.
+        late: Handlers that were stopped a quantum late, or later, because they could not be stopped where they were,
+            and how often.
         budgets_exceeded: Handlers cancelled for their budget.
         waiting: Handlers that wait for a turn now.
         stalls: Steps of the loop seen to last longer than the quantum.
         worst_stall_seconds: The longest of them, as far as it was seen.
         causes: What caused them, the latest last.
+        step_times: ``(bound in seconds, steps up to it)``, the last bound unbounded; empty unless asked for.
     """
 
     mechanism: str
@@ -91,11 +92,13 @@ class WatchdogStatistics:
     passes: int
     forced: int
     put_off: int
+    late: dict[str, int]
     budgets_exceeded: int
     waiting: int
     stalls: int
     worst_stall_seconds: float
     causes: tuple[StallCause, ...]
+    step_times: tuple[tuple[float, int], ...]
 
 
 class Watchdog:
@@ -103,24 +106,21 @@ class Watchdog:
 
     def __init__(
         self,
-        quantum: float,
+        loop: Loop,
         on_stall: Callable[[Stall], object] | None,
-        preemptible: tuple[ModuleType | str, ...],
-        weight: Callable[[Hashable], float] | None,
+        step_times: StepTimes | None,
     ) -> None:
-        if not (quantum > 0 and quantum < math.inf):
-            raise ValueError(f"quantum must be a finite number of seconds above 0, not {quantum!r}")
-        self._loop = Loop(quantum, module_names(preemptible), weight)
-        self._turns = self._loop.turns
-        self._mechanism = "none"
+        self._loop = loop
+        self._turns = loop.turns
         self._spare: list[Lane] = []
         self._watched: dict[Task, Work] = {}
         self._failure: BaseException | None = None
         self._token = trio.lowlevel.current_trio_token()
         self._scope = trio.CancelScope()
+        self._step_times = step_times
         self._monitor = Monitor(
-            quantum,
-            passes=lambda: self._loop.passes,
+            loop.quantum,
+            passes=lambda: loop.passes.count,
             working=self._working,
             on_stall=on_stall,
             on_failure=self._fail,
@@ -161,27 +161,19 @@ class Watchdog:
     ) -> T:
         lane = self._spare.pop() if self._spare else Lane(self._loop)
         lane.task = task = current_task()
-        lane.handler = fn
-        lane.flow = flow
-        lane.budget = budget
-        lane.held = 0.0
-        lane.exceeded = False
-        lane.scope = scope
-        turns = self._turns
+        lane.prepare(fn, flow, budget, scope)
         try:
-            if turns.used >= turns.quantum or (turns.overdue and turns.owes(lane.account())):
-                await lane.wait_turn()
+            if lane.must_wait():
+                await lane.wait_turn(begun=False, raises=True)
             lane.coroutine = coroutine = fn(*args)
             result: T = await lane.drive(coroutine, task)
             return result
         finally:
-            lane.handler = lane.coroutine = lane.task = lane.scope = None
-            if self._loop.contended:
-                lane.settle()
+            lane.finish()
             if len(self._spare) < MAX_SPARE:
                 self._spare.append(lane)
             else:
-                lane.discard_stack()
+                lane.stack.discard()
 
     async def watch(self, fn: Callable[..., Awaitable[T]], *args: object, flow: Hashable = None) -> T:
         """Run ``await fn(*args)``; a stall it causes is reported by its name and flow. Nothing is forced.
@@ -222,16 +214,18 @@ class Watchdog:
         """Return a snapshot of the counts."""
         loop, monitor = self._loop, self._monitor
         return WatchdogStatistics(
-            mechanism=self._mechanism,
-            quantum=self._turns.quantum,
-            passes=loop.passes,
+            mechanism=loop.alarm.mechanism,
+            quantum=loop.quantum,
+            passes=loop.passes.count,
             forced=loop.forced,
             put_off=loop.put_off,
+            late=dict(loop.late.counts),
             budgets_exceeded=loop.budgets_exceeded,
             waiting=self._turns.waiting,
             stalls=monitor.stalls,
             worst_stall_seconds=monitor.worst,
             causes=monitor.causes(),
+            step_times=() if self._step_times is None else self._step_times.table(),
         )
 
     # What the monitor's thread asks and says.
@@ -242,7 +236,7 @@ class Watchdog:
         lane = self._loop.active
         if lane is None or lane.handler is None or lane.task is None:
             return None
-        return Work(lane.handler, lane.flow, lane.task, preemptible=self._mechanism != "none")
+        return Work(lane.handler, lane.flow, lane.task, preemptible=self._loop.alarm.mechanism != "none")
 
     def _fail(self, error: BaseException) -> None:
         self._failure = error
@@ -257,44 +251,25 @@ class Watchdog:
 
         async def turn() -> None:
             with turning:
-                await loop.turn()
+                await loop.passes.turn()
 
-        with self._timer():
-            trio.lowlevel.add_instrument(loop)
+        instruments = [loop.passes, *([] if self._step_times is None else [self._step_times])]
+        loop.alarm.open(loop)
+        try:
+            for instrument in instruments:
+                trio.lowlevel.add_instrument(instrument)
             trio.lowlevel.spawn_system_task(turn, name="stagetrio turns")
             self._monitor.start()
-            try:
-                yield
-            finally:
-                self._monitor.stop()
-                turning.cancel()
-                trio.lowlevel.remove_instrument(loop)
-                while self._spare:
-                    self._spare.pop().discard_stack()
-
-    @contextmanager
-    def _timer(self) -> Iterator[None]:
-        if not _timer_is_free():
-            yield
-            return
-        before = signal.signal(signal.SIGALRM, self._loop.ring)
-        self._loop.rings_at = math.inf
-        self._mechanism = "timer"
-        try:
             yield
         finally:
-            self._loop.rings_at = -math.inf
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-
-
-def _timer_is_free() -> bool:
-    return (
-        threading.current_thread() is threading.main_thread()
-        and hasattr(signal, "setitimer")
-        and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
-        and signal.getitimer(signal.ITIMER_REAL)[0] == 0
-    )
+            loop.alarm.close()
+            self._monitor.stop()
+            turning.cancel()
+            for instrument in instruments:
+                with suppress(KeyError):  # Trio has removed it, because it raised
+                    trio.lowlevel.remove_instrument(instrument)
+            while self._spare:
+                self._spare.pop().stack.discard()
 
 
 @asynccontextmanager
@@ -304,22 +279,43 @@ async def open_watchdog(
     on_stall: Callable[[Stall], object] | None = None,
     preemptible: tuple[ModuleType | str, ...] = (),
     weight: Callable[[Hashable], float] | None = None,
+    cleanup: float = 1.0,
+    signum: int = SIGALRM,
+    clock: StepClock | None = None,
+    step_bounds: tuple[float, ...] = (),
 ) -> AsyncIterator[Watchdog]:
     """Open the watchdog of this event loop: one per process.
 
     Args:
         quantum: Seconds for which opted-in work may hold the loop in one pass, and any step before it is reported.
-        on_stall: Called with each new cause of a stall, in the monitor's thread, while the loop is held.
+        on_stall: Called with each new cause of a stall, in the monitor's thread, while the loop is held. What it
+            raises cancels the block and is raised from it.
         preemptible: Modules and packages, or their names, in which handlers may be stopped besides their own module.
         weight: Maps a flow to its weight, by default 1; turns are shared in proportion.
+        cleanup: Seconds for which a handler's ``finally`` and ``except`` blocks may hold the loop before a
+            cancellation is raised at a forced checkpoint inside of them too; ≥ 0, `math.inf` for never.
+        signum: The signal by which handlers are interrupted. Where SIGALRM or its timer has an owner already, such as
+            pytest-timeout, a thread and SIGURG are used instead. 0: no signal.
+        clock: What slices are measured by instead of the time; for tests.
+        step_bounds: Bounds, in rising seconds, of a histogram of step times. Asking for one costs a hook per step.
 
     Raises:
-        ValueError: ``quantum`` is out of range.
+        ValueError, TypeError: An argument is out of range.
+        RuntimeError: A watchdog is open already.
 
     Checkpoints: none.
     """
-    watchdog = Watchdog(quantum, on_stall, preemptible, weight)
+    _check("quantum", quantum, quantum > 0 and quantum < math.inf)
+    _check("cleanup", cleanup, cleanup >= 0)
+    alarm: Alarm = choose_alarm(signum) if clock is None else clock
+    loop = Loop(alarm, quantum, module_names(preemptible), weight, cleanup)
+    watchdog = Watchdog(loop, on_stall, StepTimes(step_bounds) if step_bounds else None)
     with watchdog._opened(), watchdog._scope:
         yield watchdog
     if watchdog._failure is not None:
         raise watchdog._failure
+
+
+def _check(name: str, value: float, valid: bool) -> None:
+    if not valid:
+        raise ValueError(f"{name} is out of range: {value!r}")
