@@ -147,7 +147,12 @@ class CallingConnection:
     async def open(self, name: str, arguments: Sequence[Any], keywords: Mapping[str, Any], window: int) -> Values:
         """Have a procedure run over there that yields; the caller owes it to `abandon` what it opened.
 
-        Raises, Checkpoints: as for `post`.
+        Raises:
+            WorkerLost: The connection has ended before.
+            TypeError: An argument cannot be encoded.
+            ValueError: The arguments do not fit into a frame.
+
+        Checkpoints: always. A cancellation means it did not happen.
         """
         await trio.lowlevel.checkpoint()
         await self._wait_for_place()
