@@ -8,36 +8,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import assert_type, cast
 
 import attrs
 import trio
 
 from stagetrio import (
+    BudgetExceeded,
+    CloseReason,
+    Codec,
     Delivery,
     FairQueue,
     FlowRateLimiter,
     LeaseLost,
+    LengthPrefixed,
+    Lines,
     NurseryPool,
     Overloaded,
     Pacer,
+    Peer,
+    PeerLimits,
     Procedures,
     Rate,
     RateLimiter,
     RemoteError,
+    RequestFailed,
     Snapshot,
+    Stage,
+    StageServer,
+    Stall,
     Ticket,
     TicketRequest,
     TicketStage,
     WorkerLost,
+    no_preempt,
+    open_client,
+    open_listeners,
     open_nursery_pool,
     open_remote,
     open_remote_stream,
+    open_watchdog,
     serve_remote,
     serve_remote_stream,
+    serve_stage,
 )
+from stagetrio.app import App
 from stagetrio.fair_queue import FlowChannel
-from stagetrio.sockets import open_listeners
 
 
 @attrs.frozen
@@ -199,3 +216,111 @@ async def remote(stream: trio.abc.Stream) -> None:
 def pacing() -> None:
     pacer = Pacer(0.02)
     pacer.touch(lambda: None)
+
+
+# A stage takes what its queue holds; the server is typed by its codec's messages.
+
+
+async def verdict_of(move: Move) -> Verdict:
+    return Verdict(move.player)
+
+
+async def stages(moves: FairQueue[str, Move], names: FairQueue[str, str]) -> None:
+    stage = Stage(verdict_of, queue=moves, workers=10, order_key=lambda move: move.player)
+    assert_type(stage, Stage[Move])
+    await stage.run()
+    assert_type(stage.statistics().handled, int)
+    Stage(verdict_of, queue=names, workers=10)  # type: ignore[arg-type]
+    Stage(verdict_of, queue=moves)  # type: ignore[call-arg]
+
+
+async def answer(peer: Peer[Move | Verdict], message: Move | Verdict) -> Move | Verdict | None:
+    peer.flow = "ada"
+    peer.send_nowait(Move("ada", 1))
+    await peer.send(Verdict(None))
+    peer.send_nowait("not a message")  # type: ignore[arg-type]
+    return Verdict("ada") if isinstance(message, Move) else None
+
+
+codec: Codec[Move | Verdict] = Codec([Move, Verdict])
+
+
+async def servers() -> None:
+    limits = PeerLimits(idle_within=60.0, max_outbox_bytes=1 << 20)
+    listeners = await open_listeners("tcp://127.0.0.1:0", "unix:///run/game.sock")
+    async with trio.open_nursery() as nursery:
+        serve = partial(serve_stage, answer, listeners, codec=codec, framing=Lines(4096), limits=limits, tick=0.02)
+        server: StageServer[Move | Verdict] = await nursery.start(serve)
+        assert_type(server.broadcast(Verdict("ada")), list[Peer[Move | Verdict]])
+        assert_type(server.statistics().closed, dict[CloseReason, int])
+        await server.drain(5.0)
+    await serve_stage(answer, listeners, framing=LengthPrefixed(1 << 16), codec=codec, flow=lambda peer: peer.address)
+
+
+async def clients() -> None:
+    async with open_client("tcp://127.0.0.1:8800", codec) as client:
+        try:
+            await client.ask(Move("ada", 1))
+        except RequestFailed as failure:
+            print(failure)
+        await client.send(Verdict(None))
+
+
+# What runs under the watchdog keeps its return type.
+
+
+async def watchdogs() -> None:
+    def report(stall: Stall) -> None:
+        assert_type(stall.seconds, float)
+
+    async with open_watchdog(quantum=0.005, on_stall=report, preemptible=("json",)) as watchdog:
+        assert_type(await watchdog.run(verdict_of, Move("ada", 1), flow="ada", budget=0.1), Verdict)
+        assert_type(await watchdog.watch(verdict_of, Move("ada", 1)), Verdict)
+        async with trio.open_nursery() as nursery:
+            watchdog.start_soon(nursery, verdict_of, Move("ada", 1))
+        try:
+            await watchdog.run(verdict_of, Move("ada", 1), budget=0.1)
+        except BudgetExceeded as error:
+            assert_type(error.handler, str)
+        with no_preempt():
+            pass
+        assert_type(watchdog.statistics().forced, int)
+
+
+# An app is what its decorators collect; they leave the functions as they are.
+
+app = App("arena", sends=[Verdict], quantum=0.005)
+login = app.ticket("login", 50, max_waiting=100)
+
+
+@app.on(Move, ticket=login)
+async def on_move(peer: Peer[Move], message: Move) -> Verdict:
+    return Verdict(message.player)
+
+
+@app.every(0.5)
+async def tick() -> None:
+    app.broadcast(Verdict(None))
+
+
+@app.on_connect
+async def hello(peer: Peer[Verdict]) -> None:
+    peer.send_nowait(Verdict(None))
+
+
+@app.on_disconnect
+async def goodbye(peer: Peer[Verdict]) -> None: ...
+
+
+async def apps() -> None:
+    assert_type(await on_move(app.peers[0], Move("ada", 1)), Verdict)
+    await tick()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(app.serve, "tcp://127.0.0.1:0")
+        await app.drain(5.0)
+
+
+def not_async() -> None: ...
+
+
+app.every(0.5)(not_async)  # type: ignore[type-var]
