@@ -116,37 +116,13 @@ class Lane:
             raises is raised in the handler.
     """
 
-    __slots__ = (
-        "_alarm",
-        "_before",
-        "_cleaning",
-        "_clock",
-        "_denied",
-        "_forced",
-        "_loop",
-        "_started",
-        "_turns",
-        "_withheld",
-        "budget",
-        "coroutine",
-        "end_at",
-        "exceeded",
-        "flow",
-        "handler",
-        "on_preempt",
-        "put_off",
-        "scope",
-        "since",
-        "stack",
-        "task",
-    )
-
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._turns = loop.turns
         self._alarm = loop.alarm
         self._clock = loop.alarm.clock
-        self.stack = Stack()
+        self._slack = loop.quantum * SLACK_SHARE
+        self.stack = Stack(self)
         self.task: Task | None = None
         self.handler: Callable[..., Any] | None = None
         self.coroutine: Any = None  # the handler's, where it is known
@@ -182,7 +158,7 @@ class Lane:
         finally:
             self.handler = self.task = None
             self.stack.discard()
-            self.stack = Stack()
+            self.stack = Stack(self)
 
     # What the worker says, on the lane's stack.
 
@@ -222,7 +198,7 @@ class Lane:
         turns = self._turns
         if left <= 0 or turns.owes(self.account()):
             self.stack.stop()
-        return max(turns.quantum - turns.used, turns.quantum * SLACK_SHARE)
+        return max(turns.quantum - turns.used, self._slack)
 
     @enable_ki_protection
     def lap(self) -> float:
@@ -313,40 +289,20 @@ class Lane:
             if not self._loop.contended:
                 self._turns.forget_all()
 
-    # One handler alone, as `Watchdog.run` has it.
-
-    def prepare(
-        self, handler: Callable[..., Any], flow: Hashable, budget: float, scope: trio.CancelScope | None
-    ) -> None:
-        """Take a handler in hand that is yet to be driven."""
-        self.handler = handler
-        self.flow = flow
-        self.budget = budget
-        self.scope = scope
-        self.exceeded = False
-        self._before = 0.0
-
-    def must_wait(self) -> bool:
-        """Whether nothing is left for the handler in hand in this pass, or it owes."""
-        turns = self._turns
-        return turns.used >= turns.quantum or (bool(turns.overdue) and turns.owes(self.account()))
-
-    def finish(self) -> None:
-        """Let go of the handler."""
-        self.handler = self.coroutine = self.task = self.scope = None
-        if self._loop.contended:
-            self.settle()
-
     # The driver, in the worker's task.
 
     def start(self) -> None:
         """The handler in hand gets the loop (back)."""
         turns = self._turns
+        left = turns.quantum - turns.used
+        if left < self._slack:
+            left = self._slack
         self._started = self.since = now = self._clock()
-        self.end_at = now + max(turns.quantum - turns.used, turns.quantum * SLACK_SHARE)
+        self.end_at = end = now + left
         self.put_off = 0
         self._loop.active = self
-        end = self.end_of_slice()
+        if self.budget != math.inf:
+            end = self.end_of_slice()
         if self._alarm.rings_at > end:
             self._alarm.arm(end, now)
 
@@ -371,6 +327,29 @@ class Lane:
         self._loop.budgets_exceeded += 1
         if self.scope is not None:
             self.scope.cancel(reason=f"held the loop for longer than {self.budget:.3g} s")
+
+    @types.coroutine
+    def run_one(self, handler: Callable[..., Any], args: tuple[Any, ...]) -> Generator[Any, Any, Any]:
+        """Run one handler with this lane's flow, budget and scope."""
+        self.task = task = current_task()
+        self.handler = handler
+        self._before = 0.0
+        self.exceeded = False
+        turns = self._turns
+        try:
+            if turns.used >= turns.quantum or turns.overdue:
+                yield from self._wait_to_run().__await__()
+            self.coroutine = coroutine = handler(*args)
+            return (yield from self.drive(coroutine, task))
+        finally:
+            self.handler = self.coroutine = self.task = None
+            if self._loop.contended:
+                self.settle()
+
+    async def _wait_to_run(self) -> None:
+        turns = self._turns
+        if turns.used >= turns.quantum or turns.owes(self.account()):
+            await self.wait_turn(begun=False, raises=True)
 
     @types.coroutine
     def drive(self, coroutine: Any, task: Task) -> Generator[Any, Any, Any]:
@@ -401,7 +380,10 @@ class Lane:
             self.pause()
         if outer is not None:
             outer.start()
-        return stack.result()
+        if stack.error is not None:
+            stack.failed()
+        value, stack.value = stack.value, None
+        return value
 
     def _answer(self, trap: Any) -> Generator[Any, Any, Any]:
         """Do what the stack waits for; return what it is to be told."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Coroutine
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import greenlet
 from trio.lowlevel import disable_ki_protection, enable_ki_protection
@@ -50,14 +50,15 @@ def _send_protected(coroutine: Coroutine[Any, Any, Any], answer: Any) -> Any:
 
 
 class Stack(greenlet.greenlet):  # type: ignore[misc]
-    """A stack on which one coroutine after the other is driven.
+    """A stack on which one coroutine after the other is driven. ``owner`` is whoever drives it.
 
     The driver sets ``back`` (its own greenlet) and ``protected``, then ``switch(coroutine)``, and from then on
-    ``switch(answer)`` for each trap, until it gets `FINISHED` and takes ``value`` or ``error``.
+    ``switch(answer)`` for each trap, until it gets `FINISHED`; then there is an ``error``, or else a ``value``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: object) -> None:
         super().__init__()
+        self.owner = owner
         self.back: Any = None
         self.protected = False  # whether Trio may not raise KeyboardInterrupt in what runs here
         self.masked = 0  # depth of no_preempt()
@@ -68,22 +69,19 @@ class Stack(greenlet.greenlet):  # type: ignore[misc]
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         """Drive one coroutine after the other until the greenlet is killed."""
         while True:
-            self._finish(coroutine)
+            send = _send_protected if self.protected else _send_unprotected
+            try:
+                answer = self.back.switch(send(coroutine, None))
+                while True:
+                    trap = coroutine.throw(answer.error) if type(answer) is Thrown else send(coroutine, answer)
+                    answer = self.back.switch(trap)
+            except StopIteration as stop:
+                self.value = stop.value
+            except greenlet.GreenletExit:
+                raise
+            except BaseException as error:
+                self.error = error
             coroutine = self.back.switch(FINISHED)
-
-    def _finish(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        send = _send_protected if self.protected else _send_unprotected
-        answer: Any = None
-        try:
-            while True:
-                trap = coroutine.throw(answer.error) if type(answer) is Thrown else send(coroutine, answer)
-                answer = self.back.switch(trap)
-        except StopIteration as stop:
-            self.value = stop.value
-        except greenlet.GreenletExit:
-            raise
-        except BaseException as error:
-            self.error = error
 
     def stop(self) -> None:
         """Hand the loop to the driver; return when it switches back, or raise what it answers.
@@ -94,16 +92,14 @@ class Stack(greenlet.greenlet):  # type: ignore[misc]
         if answer is not None:
             raise answer.with_traceback(None)
 
-    def result(self) -> Any:
-        """Return what the coroutine returned, or raise what it raised."""
-        error, value = self.error, self.value
-        self.error = self.value = None
-        if error is None:
-            return value
+    def failed(self) -> NoReturn:
+        """Raise what the coroutine raised."""
+        error, self.error = self.error, None
+        assert error is not None
         try:
             raise error
         finally:
-            del error
+            del error  # its traceback refers to this frame
 
     def discard(self) -> None:
         """Free the stack, on which nothing runs any more; called on another one."""

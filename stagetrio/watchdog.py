@@ -24,6 +24,7 @@ from typing import TypeVar
 
 import attrs
 import trio
+from greenlet import getcurrent
 from trio.lowlevel import Task, current_task
 
 from stagetrio.alarm import SIGALRM, Alarm, StepClock, choose_alarm
@@ -141,39 +142,42 @@ class Watchdog:
             BudgetExceeded: It held the loop for longer than ``budget`` and was cancelled.
 
         Checkpoints: as ``fn`` does, and wherever they are forced. A cancellation reaches ``fn`` at either.
-        Cost: 1 µs where nothing is forced and the budget is unbounded; a cancel scope where it is bounded.
+        Cost: where nothing is forced and the budget is unbounded, 2 µs for switching stacks, or 0.6 µs in a task that
+            runs on a lane already (`open_lane`); where the budget is bounded, a cancel scope.
         """
-        if budget == math.inf:
-            return await self._run(fn, args, flow, budget, None)
-        if not budget > 0:
-            raise ValueError(f"budget must be a number of seconds above 0, not {budget!r}")
-        with trio.CancelScope() as scope:
-            return await self._run(fn, args, flow, budget, scope)
-        raise BudgetExceeded(name_of(fn), budget)
-
-    async def _run(
-        self,
-        fn: Callable[..., Awaitable[T]],
-        args: tuple[object, ...],
-        flow: Hashable,
-        budget: float,
-        scope: trio.CancelScope | None,
-    ) -> T:
+        if budget != math.inf:
+            return await self._run_within(budget, fn, args, flow)
+        here = getattr(getcurrent(), "owner", None)
+        if type(here) is Lane and here.handler is None:
+            here.begin(fn, flow)
+            try:
+                return await fn(*args)
+            finally:
+                here.end()
         lane = self._spare.pop() if self._spare else Lane(self._loop)
-        lane.task = task = current_task()
-        lane.prepare(fn, flow, budget, scope)
+        lane.flow = flow
         try:
-            if lane.must_wait():
-                await lane.wait_turn(begun=False, raises=True)
-            lane.coroutine = coroutine = fn(*args)
-            result: T = await lane.drive(coroutine, task)
+            result: T = await lane.run_one(fn, args)
             return result
         finally:
-            lane.finish()
-            if len(self._spare) < MAX_SPARE:
-                self._spare.append(lane)
-            else:
-                lane.stack.discard()
+            self._spare.append(lane)
+
+    async def _run_within(
+        self, budget: float, fn: Callable[..., Awaitable[T]], args: tuple[object, ...], flow: Hashable
+    ) -> T:
+        _check("budget", budget, budget > 0)
+        lane = self._spare.pop() if self._spare else Lane(self._loop)
+        lane.flow = flow
+        lane.budget = budget
+        try:
+            with trio.CancelScope() as lane.scope:
+                result: T = await lane.run_one(fn, args)
+                return result
+            raise BudgetExceeded(name_of(fn), budget)
+        finally:
+            lane.scope = None
+            lane.budget = math.inf
+            self._spare.append(lane)
 
     async def watch(self, fn: Callable[..., Awaitable[T]], *args: object, flow: Hashable = None) -> T:
         """Run ``await fn(*args)``; a stall it causes is reported by its name and flow. Nothing is forced.
