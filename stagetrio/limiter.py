@@ -1,4 +1,4 @@
-"""Limits on rates, and what a refusal looks like.
+"""Limits: rates here, concurrency that adapts in `stagetrio.adaptive`, and what a refusal looks like.
 
 `Overloaded` is the one refusal of the whole library: every ``*_nowait`` function of every room raises it, with the
 reason and the time after which another attempt is worth making.
@@ -31,27 +31,23 @@ from collections.abc import Hashable, Iterator
 import attrs
 import trio
 
+from stagetrio.adaptive import AdaptiveLimiter, AdaptiveLimiterStatistics
+from stagetrio.overload import Overloaded
+
+__all__ = [
+    "AdaptiveLimiter",
+    "AdaptiveLimiterStatistics",
+    "FlowRateLimit",
+    "FlowRateLimiter",
+    "FlowRateLimiterStatistics",
+    "Overloaded",
+    "Rate",
+    "RateLimiter",
+    "RateLimiterStatistics",
+]
+
 _EPSILON = 1e-9
 """Seconds by which a request may be early: sums of floats on a mock clock miss the exact moment by less."""
-
-
-class Overloaded(trio.WouldBlock):
-    """A bound was reached, so the work was refused and nothing of it was done.
-
-    Args:
-        reason: Which bound: ``"queue"``, ``"flow"``, ``"rate"``, ``"tickets"`` or ``"waiting"``.
-        retry_after: Seconds after which another attempt may succeed, an estimate, ≥ 0; 0 when nothing is known.
-    """
-
-    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
-        super().__init__(reason, retry_after)
-        self.reason = reason
-        self.retry_after = retry_after
-
-    def __str__(self) -> str:
-        if self.retry_after:
-            return f"overloaded ({self.reason}): retry after {self.retry_after:.3g} s"
-        return f"overloaded ({self.reason})"
 
 
 def _positive(_: object, attribute: attrs.Attribute[float], value: float) -> None:
