@@ -22,9 +22,10 @@ BESIDE = "beside"  # may import any floor; no floor imports it
 
 FLOORS: dict[str, int | str] = {
     "ranks": 0,
+    "overload": 0,
+    "knee": 0,
     "flow": 0,
     "line": 0,
-    "limiter": 0,
     "borrow": 0,
     "snapshot": 0,
     "pacer": 0,
@@ -48,29 +49,31 @@ FLOORS: dict[str, int | str] = {
     "run_slots": 0,
     "preempt": 1,
     "lease": 1,
+    "adaptive": 1,
     "progress": 1,
     "thread_worker": 1,
     "fair_order": 1,
     "sockets": 1,
-    "nursery_pool": 1,
     "codec": 1,
     "remote_wire": 1,
     "remote_values": 1,
     "hub": 1,
+    "limiter": 2,
     "lane": 2,
-    "ticket": 2,
     "runs": 2,
     "thread_crew": 2,
     "procedures": 2,
     "remote_hello": 2,
     "transport": 2,
-    "client": 2,
+    "nursery_pool": 3,
+    "ticket": 3,
+    "client": 3,
     "remote_replies": 3,
     "fair_queue": 3,
     "watchdog": 3,
     "remote_calling": 3,
     "peer": 3,
-    "accept": 3,
+    "accept": 4,
     "remote_serving": 4,
     "backlog": 4,
     "stage": 4,
@@ -94,7 +97,7 @@ FLOORS: dict[str, int | str] = {
 }
 
 # Decisions only: they perform no I/O and know no event loop.
-PURE = {"bytecode", "fair_order", "framing", "ranks", "router", "stopping", "turns"}
+PURE = {"bytecode", "fair_order", "framing", "knee", "ranks", "router", "stopping", "turns"}
 IO = {"trio", "trio_util", "asyncio", "anyio", "socket", "select", "selectors", "threading", "subprocess"}
 ONLY_IN = {"rich": {"cli", "demo"}, "coredis": {"redis"}, "IPython": {"notebook"}, "matplotlib": {"notebook", "demo"}}
 
