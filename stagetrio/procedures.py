@@ -76,6 +76,7 @@ class Procedure:
         result_type = self._type_of("return", _yielded(result) if self.streams else result, converter)
         self.read_result = _reader(result_type)
         self.pack_result = result_type.unstructure
+        self.blocking = 0.0  # how often it blocks where it runs: a moving average, 0 to 1
 
     def _type_of(self, parameter: str, annotation: Any, converter: cattrs.Converter) -> WireType:
         try:
