@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import stagetrio
 
 project = "stagetrio"
@@ -32,3 +34,26 @@ autodoc_preserve_defaults = True
 
 html_theme = "furo"
 html_title = f"stagetrio {release}"
+
+_INLINE_SECTION = re.compile(r"(Checkpoints|Cost|Source): (?=\S)")
+
+
+def _sections_to_fields(app, what, name, obj, options, lines):  # the signature is autodoc's
+    """Let ``Checkpoints: text`` stand beside the parameters: a field, as napoleon makes of a section.
+
+    Napoleon takes a section only from a header on a line of its own; ours are mostly one sentence long.
+    """
+    out: list[str] = []
+    in_field = False
+    for line in lines:
+        if section := _INLINE_SECTION.match(line):
+            in_field = True
+            out += ["", f":{section[1]}: {line[section.end() :]}"]
+        else:
+            in_field = in_field and bool(line.strip())
+            out.append(f"    {line.strip()}" if in_field else line)
+    lines[:] = out
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", _sections_to_fields, priority=900)  # after napoleon
