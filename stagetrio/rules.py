@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from math import inf
+from typing import Any
 
 import attrs
 
@@ -24,14 +25,14 @@ class CloseReason(enum.Enum):
     DRAINED = "drained"  #: the server shuts down
 
 
-def _positive(instance: object, attribute: attrs.Attribute[float], value: float) -> None:
+def _positive(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{attribute.name} must be a number, not {value!r}")
     if not value > 0:
         raise ValueError(f"{attribute.name} must be positive, not {value!r}")
 
 
-def _not_negative(instance: object, attribute: attrs.Attribute[float], value: float) -> None:
+def _not_negative(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{attribute.name} must be a number, not {value!r}")
     if not value >= 0:

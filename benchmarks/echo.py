@@ -1,0 +1,251 @@
+"""Echo of 100-byte frames over TCP, through the whole way of a message, beside a naive Trio server.
+
+What is compared is the processor time the *server's* process spends per message, so neither the load generator nor
+another busy core decides; only ``1 × 1`` is a round trip, measured with both ends on one core. The naive server is what
+one writes first: one task per connection, `receive_exactly`, `send_all`.
+
+``python -m benchmarks.echo KIND`` is a server (naive, batched, asyncio, uvloop, ours) that prints its port, and its
+processor time for every line on its standard input. ``python -m benchmarks.echo`` prints all kinds side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from struct import Struct
+from typing import Any
+
+import trio
+
+from benchmarks.case import Case
+from stagetrio.framing import LengthPrefixed
+from stagetrio.peer import Peer
+from stagetrio.server import serve_stage
+from stagetrio.sockets import open_listeners
+
+_PREFIX = Struct(">I")
+MESSAGE = _PREFIX.pack(100) + bytes(100)
+SECONDS = 1.0  # of load per run
+
+
+async def _naive(stream: trio.SocketStream) -> None:
+    async def receive_exactly(count: int) -> bytes:
+        received = b""
+        while len(received) < count:
+            data = await stream.receive_some(count - len(received))
+            if not data:
+                raise trio.EndOfChannel
+            received += data
+        return received
+
+    try:
+        while True:
+            (length,) = _PREFIX.unpack(await receive_exactly(4))
+            payload = await receive_exactly(length)
+            await stream.send_all(_PREFIX.pack(length) + payload)
+    except (trio.EndOfChannel, trio.BrokenResourceError):
+        pass
+
+
+async def _batched(stream: trio.SocketStream) -> None:
+    decoder = LengthPrefixed(65536).decoder()
+    try:
+        while data := await stream.receive_some(65536):
+            frames = decoder.receive_data(data)
+            if frames:
+                await stream.send_all(b"".join([_PREFIX.pack(len(frame)) + frame for frame in frames]))
+    except trio.BrokenResourceError:
+        pass
+
+
+async def _serve_trio(handler: Callable[[trio.SocketStream], object]) -> None:
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(trio.serve_tcp, handler, 0)
+        print(listeners[0].socket.getsockname()[1], flush=True)
+
+
+async def _echo(peer: Peer[bytes], message: bytes) -> bytes:
+    return message
+
+
+async def _serve_ours() -> None:
+    listeners = await open_listeners("tcp://127.0.0.1:0")
+    print(listeners[0].socket.getsockname()[1], flush=True)
+    await serve_stage(_echo, listeners)
+
+
+class _Protocol(asyncio.Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: Any = transport
+        self.decoder = LengthPrefixed(65536).decoder()
+
+    def data_received(self, data: bytes) -> None:
+        frames = self.decoder.receive_data(data)
+        if frames:
+            self.transport.write(b"".join([_PREFIX.pack(len(frame)) + frame for frame in frames]))
+
+
+async def _serve_asyncio() -> None:
+    server = await asyncio.get_running_loop().create_server(_Protocol, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+def _serve(kind: str) -> None:
+    def report() -> None:
+        for _line in sys.stdin:
+            print(time.process_time(), flush=True)
+
+    threading.Thread(target=report, daemon=True).start()
+    if kind == "ours":
+        trio.run(_serve_ours)
+    elif kind == "naive":
+        trio.run(_serve_trio, _naive)
+    elif kind == "batched":
+        trio.run(_serve_trio, _batched)
+    elif kind == "asyncio":
+        asyncio.run(_serve_asyncio())
+    else:
+        import uvloop
+
+        uvloop.run(_serve_asyncio())
+
+
+@contextmanager
+def _server(kind: str, core: int | None = None) -> Iterator[tuple[int, Callable[[], float]]]:
+    """Run a server; give its port, and a function that asks it for its processor seconds."""
+    command = [sys.executable, "-m", "benchmarks.echo", kind]
+    if core is not None:
+        command = ["taskset", "-c", str(core), *command]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+        port = int(stdout.readline())
+
+        def spent() -> float:
+            stdin.write("\n")
+            stdin.flush()
+            return float(stdout.readline())
+
+        try:
+            yield port, spent
+        finally:
+            process.kill()
+
+
+def _load(port: int, connections: int, depth: int, seconds: float) -> int:
+    """Keep ``depth`` messages of each connection in flight for so many seconds; return how many came back."""
+    burst, chunk = MESSAGE * depth, len(MESSAGE) * depth
+    epoll = select.epoll()
+    socks: dict[int, list[object]] = {}
+    for _ in range(connections):
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setblocking(False)
+        socks[sock.fileno()] = [sock, 0]
+        epoll.register(sock.fileno(), select.EPOLLIN)
+    for sock, _ in socks.values():
+        sock.sendall(burst)  # type: ignore[attr-defined]
+    done = 0
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for fd, _events in epoll.poll(1.0):
+            entry = socks[fd]
+            sock = entry[0]
+            entry[1] += len(sock.recv(262144))  # type: ignore[operator, attr-defined]
+            if entry[1] >= chunk:  # type: ignore[operator]
+                entry[1] -= chunk  # type: ignore[operator]
+                done += depth
+                sock.send(burst)  # type: ignore[attr-defined]
+    for sock, _ in socks.values():
+        sock.close()  # type: ignore[attr-defined]
+    epoll.close()
+    return done
+
+
+def server_seconds(kind: str, connections: int, depth: int) -> float:
+    """Processor seconds of the server per message."""
+    with _server(kind) as (port, spent):
+        _load(port, connections, depth, SECONDS / 4)
+        before = spent()
+        messages = _load(port, connections, depth, SECONDS)
+        return (spent() - before) / messages
+
+
+def round_trip(kind: str) -> float:
+    """Median seconds of a round trip with one message in flight, client and server on one core."""
+    affinity = os.sched_getaffinity(0)
+    core = max(affinity)
+    with _server(kind, core) as (port, _spent), socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        os.sched_setaffinity(0, {core})
+        try:
+            times = []
+            end = time.perf_counter() + SECONDS
+            while (begun := time.perf_counter()) < end:
+                sock.sendall(MESSAGE)
+                received = 0
+                while received < len(MESSAGE):
+                    received += len(sock.recv(4096))
+                times.append(time.perf_counter() - begun)
+        finally:
+            os.sched_setaffinity(0, affinity)
+    return statistics.median(times)
+
+
+def _case(connections: int, depth: int, target: float) -> Case:
+    return Case(
+        f"echo, {connections} connections x {depth} in flight",
+        lambda: server_seconds("ours", connections, depth),
+        lambda: server_seconds("naive", connections, depth),
+        target,
+        note="processor seconds of the server per message; 100-byte frames, TCP on loopback",
+    )
+
+
+CASES = [
+    _case(100, 8, 10.0),
+    _case(1, 64, 10.0),
+    _case(100, 1, 2.0),
+    Case(
+        "echo, 1 connection x 1 in flight, round trip",
+        lambda: round_trip("ours"),
+        lambda: round_trip("naive"),
+        1.0,
+        note="median round trip with both ends on one core",
+    ),
+]
+
+
+def main() -> None:
+    """Print what every kind of server spends per message, in µs, and how much less that is than the naive one."""
+    kinds = ["naive", "batched", "asyncio", "ours"]
+    try:
+        import uvloop  # noqa: F401 - is it there?
+    except ImportError:
+        print("uvloop is not installed")
+    else:
+        kinds.append("uvloop")
+    for connections, depth in [(100, 8), (1, 64), (100, 1)]:
+        spent = {kind: server_seconds(kind, connections, depth) * 1e6 for kind in kinds}
+        row = "   ".join(f"{kind} {value:.2f} ({spent['naive'] / value:.1f}x)" for kind, value in spent.items())
+        print(f"{connections} x {depth}: {row}")
+    trips = {kind: round_trip(kind) * 1e6 for kind in kinds}
+    print("1 x 1: " + "   ".join(f"{kind} {v:.1f} ({trips['naive'] / v:.2f}x)" for kind, v in trips.items()))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        _serve(sys.argv[1])
+    else:
+        main()
