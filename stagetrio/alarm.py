@@ -29,6 +29,7 @@ through ``sys.call_tracing``.
 
 from __future__ import annotations
 
+import dis
 import math
 import signal
 import sys
@@ -41,11 +42,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import greenlet
 from trio.lowlevel import enable_ki_protection
 
-Enter = Callable[[Callable[[], None]], object]
-
 SIGALRM: int = getattr(signal, "SIGALRM", 0)
 SIGURG: int = getattr(signal, "SIGURG", 0)  # ignored by default: one that comes late does no harm
 LOOKS_PER_QUANTUM = 4
+MACHINERY = {
+    f"stagetrio.{name}" for name in ("alarm", "lane", "preempt", "watchdog")
+}  # on handlers' stacks, not theirs
 RETRY_SECONDS = 1e-4  # after which a switch that was put off is tried again; then twice that, up to a quantum
 
 
@@ -94,12 +96,11 @@ class Interruptions(Generic[L]):
         return self.active is not None and greenlet.getcurrent() is self.active.stack
 
     @enable_ki_protection
-    def ring(self, frame: FrameType | None, enter: Enter, *, at_a_seam: bool) -> None:
+    def ring(self, frame: FrameType | None, *, at_a_seam: bool) -> None:
         """The alarm has rung in ``frame``. What this raises is raised in the handler that was interrupted there.
 
         Args:
             frame: The frame that was being executed.
-            enter: Calls a function from which the stack may be switched away.
             at_a_seam: It is known that no C code is under way in the frame.
         """
         lane = self.active
@@ -109,21 +110,17 @@ class Interruptions(Generic[L]):
         end = lane.end_of_slice()
         if now < end:
             self.alarm.arm(end, now)
-        elif lane.may_stop(frame, at_a_seam=at_a_seam):
+        elif frame is not None and lane.may_stop(frame, at_a_seam=at_a_seam):
             self.forced += 1
-            enter(lane.stack.stop)
+            try:
+                self.alarm.enter(lane.stack.stop)
+            except BaseException as error:
+                if not self.alarm.raise_later(frame, error):
+                    raise
         else:
             self.put_off += 1
             lane.put_off += 1
             self.alarm.arm(now + min(RETRY_SECONDS * 2.0 ** min(lane.put_off, 32), self.quantum), now)
-
-
-def _call(function: Callable[[], None]) -> None:
-    function()
-
-
-def _call_with_events(function: Callable[[], None]) -> None:
-    sys.call_tracing(function, ())
 
 
 class Alarm:
@@ -150,20 +147,127 @@ class Alarm:
     def close(self) -> None:
         """Leave no trace: the signal handler, the timer, the events, the thread."""
 
+    def enter(self, function: Callable[[], None]) -> None:
+        """Call a function from which the stack may be switched away."""
+        function()
 
-class TimerAlarm(Alarm):
+    def raise_later(self, frame: FrameType, error: BaseException) -> bool:
+        """Whether ``error`` will be raised in ``frame`` a moment later, because here it would be misplaced."""
+        return False
+
+
+class _Events:
+    """A tool of ``sys.monitoring``.
+
+    Switched on, it calls back at every place where the interpreter would look for signals. And it can raise an
+    exception in a frame at its next instruction: an exception raised where a loop goes round is taken to come from the
+    instruction before the loop, and misses the ``except`` and ``finally`` of a block that begins with it.
+
+    Args:
+        callback: Called with the frame at each event in the thread that made this.
+
+    Raises:
+        RuntimeError: No tool id is free.
+    """
+
+    def __init__(self, callback: Callable[[FrameType], object] | None = None) -> None:
+        self._monitoring: Any = vars(sys)["monitoring"]  # not known to a type checker that checks for 3.11
+        self._callback = callback
+        self._thread = threading.get_ident()
+        self._pending: tuple[FrameType, BaseException] | None = None
+        tool = free_tool()
+        if tool is None:
+            raise RuntimeError("no tool id of sys.monitoring is free")
+        self._tool = tool
+        events = self._monitoring.events
+        self._set = events.PY_START | events.PY_RESUME | events.JUMP | events.CALL  # CALL brings C_RETURN
+        self._monitoring.use_tool_id(tool, "stagetrio")
+        self._monitoring.register_callback(tool, events.INSTRUCTION, self._raise)
+        self._monitoring.register_callback(tool, events.JUMP, self._handle_jump)
+        for event in (events.PY_START, events.PY_RESUME, events.C_RETURN):
+            self._monitoring.register_callback(tool, event, self._handle)
+
+    def _handle(self, code: CodeType, *_: object) -> None:
+        frame = sys._getframe(1)
+        if threading.get_ident() == self._thread and frame.f_globals.get("__name__") not in MACHINERY:
+            assert self._callback is not None
+            self._callback(frame)
+
+    def _handle_jump(self, code: CodeType, *_: object) -> None:
+        frame = sys._getframe(1)
+        if threading.get_ident() == self._thread and frame.f_globals.get("__name__") not in MACHINERY:
+            assert self._callback is not None
+            try:
+                self._callback(frame)
+            except BaseException as error:
+                self.raise_later(frame, error)
+
+    def switch_on(self) -> None:
+        self._monitoring.set_events(self._tool, self._set)
+
+    def switch_off(self) -> None:
+        self._monitoring.set_events(self._tool, 0)
+
+    def raise_later(self, frame: FrameType, error: BaseException) -> None:
+        self._pending = (frame, error)
+        self._monitoring.set_local_events(self._tool, frame.f_code, self._monitoring.events.INSTRUCTION)
+
+    def _raise(self, code: CodeType, offset: int) -> None:
+        if self._pending is not None and sys._getframe(1) is self._pending[0]:
+            error, self._pending = self._pending[1], None
+            self._monitoring.set_local_events(self._tool, code, 0)
+            raise error
+
+    def close(self) -> None:
+        self.switch_off()
+        self._monitoring.free_tool_id(self._tool)
+
+
+def free_tool() -> int | None:
+    """Return a tool id of ``sys.monitoring`` that has no user and no well-known purpose; None without one."""
+    monitoring: Any = getattr(sys, "monitoring", None)
+    return None if monitoring is None else next((tool for tool in (3, 4) if monitoring.get_tool(tool) is None), None)
+
+
+class _SignalAlarm(Alarm):
+    """What rings by a signal in the main thread."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self._signum = signum
+
+    def open(self, loop: Interruptions[Any]) -> None:
+        self._loop = loop
+        self._events = None if free_tool() is None else _Events()
+        self._before = signal.signal(self._signum, self._handle)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self._loop.ring(frame, at_a_seam=False)
+
+    def raise_later(self, frame: FrameType, error: BaseException) -> bool:
+        if self._events is None or not dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("JUMP_BACKWARD"):
+            return False
+        self._events.raise_later(frame, error)
+        return True
+
+    def close(self) -> None:
+        signal.signal(self._signum, self._before)
+        if self._events is not None:
+            self._events.close()
+
+
+class TimerAlarm(_SignalAlarm):
     """An interval timer, armed once for many slices."""
 
     mechanism = "timer"
 
     def open(self, loop: Interruptions[Any]) -> None:
-        self._loop = loop
-        self._before = signal.signal(SIGALRM, self._handle)
+        super().open(loop)
         self.rings_at = math.inf
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.rings_at = math.inf
-        self._loop.ring(frame, _call, at_a_seam=False)
+        self._loop.ring(frame, at_a_seam=False)
 
     def arm(self, deadline: float, now: float) -> None:
         # In this order: a signal between the two lines leaves `rings_at` too late, and the timer is armed once more.
@@ -173,7 +277,7 @@ class TimerAlarm(Alarm):
     def close(self) -> None:
         self.rings_at = -math.inf
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(SIGALRM, self._before)
+        super().close()
 
 
 class _Thread:
@@ -197,68 +301,34 @@ class _Thread:
         self._thread.join()
 
 
-class ThreadAlarm(Alarm):
+class ThreadAlarm(_SignalAlarm):
     """A thread that sends a signal to the main thread."""
 
     mechanism = "thread"
 
-    def __init__(self, signum: int) -> None:
-        super().__init__()
-        self._signum = signum
-
     def open(self, loop: Interruptions[Any]) -> None:
-        self._loop = loop
-        self._before = signal.signal(self._signum, self._handle)
+        super().open(loop)
         target = threading.get_ident()
         self._thread = _Thread(loop, lambda: signal.pthread_kill(target, self._signum))
 
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        self._loop.ring(frame, _call, at_a_seam=False)
-
     def close(self) -> None:
         self._thread.end()
-        signal.signal(self._signum, self._before)
+        super().close()
 
 
-class _Events:
-    """A tool of ``sys.monitoring`` that calls back at every place where the interpreter would look for signals."""
+class _EventsAlarm(Alarm):
+    """What rings by events."""
 
-    def __init__(self, callback: Callable[[FrameType], object]) -> None:
-        self._monitoring: Any = vars(sys)["monitoring"]  # not known to a type checker that checks for 3.11
-        self._callback = callback
-        self._thread = threading.get_ident()
-        events = self._monitoring.events
-        self._set = events.PY_START | events.PY_RESUME | events.JUMP | events.CALL | events.C_RETURN
-        tool = free_tool()
-        if tool is None:
-            raise RuntimeError("no tool id of sys.monitoring is free")
-        self._tool = tool
-        self._monitoring.use_tool_id(tool, "stagetrio")
-        for event in (events.PY_START, events.PY_RESUME, events.JUMP, events.C_RETURN):
-            self._monitoring.register_callback(tool, event, self._handle)
+    _events: _Events
 
-    def _handle(self, code: CodeType, *_: object) -> None:
-        if threading.get_ident() == self._thread:
-            self._callback(sys._getframe(1))
-
-    def switch_on(self) -> None:
-        self._monitoring.set_events(self._tool, self._set)
-
-    def switch_off(self) -> None:
-        self._monitoring.set_events(self._tool, 0)
+    def enter(self, function: Callable[[], None]) -> None:
+        sys.call_tracing(function, ())
 
     def close(self) -> None:
-        self.switch_off()
-        self._monitoring.free_tool_id(self._tool)
+        self._events.close()
 
 
-def free_tool() -> int | None:
-    """Return a tool id of ``sys.monitoring`` that has no user and no well-known purpose; None without one."""
-    monitoring: Any = getattr(sys, "monitoring", None)
-    return None if monitoring is None else next((tool for tool in (3, 4) if monitoring.get_tool(tool) is None), None)
-
-
-class EventAlarm(Alarm):
+class EventAlarm(_EventsAlarm):
     """Events that are switched on, by a thread, for as long as a handler is overdue."""
 
     mechanism = "monitoring"
@@ -269,17 +339,17 @@ class EventAlarm(Alarm):
         self._thread = _Thread(loop, self._events.switch_on)
 
     def _handle(self, frame: FrameType) -> None:
-        if not self._loop.overdue():
+        if self._loop.overdue():
+            self._loop.ring(frame, at_a_seam=True)
+        else:
             self._events.switch_off()
-            return
-        self._loop.ring(frame, _call_with_events, at_a_seam=True)
 
     def close(self) -> None:
         self._thread.end()
-        self._events.close()
+        super().close()
 
 
-class StepClock(Alarm):
+class StepClock(_EventsAlarm):
     """A clock that counts what handlers do instead of reading the time, and so stops them at the same places each time.
 
     A step is a function that starts, a loop that goes round, or a C function that returns, in a handler under
@@ -289,14 +359,15 @@ class StepClock(Alarm):
         async with open_watchdog(quantum=1e-6, clock=StepClock(1e-6)) as watchdog:
             await watchdog.run(handler)  # a forced checkpoint at every step
 
-    For one watchdog; for tests: every event in the process is looked at, which slows everything down many times.
+    For one watchdog; for tests: every event in the process is looked at, which slows everything down many times. There
+    are no stall reports then, for they would depend on the time.
 
     Args:
         seconds: What one step counts as, > 0.
 
     Raises:
         ValueError: ``seconds`` is out of range.
-        RuntimeError: There is no ``sys.monitoring``: Python 3.11; or, at `open`, no free tool in it.
+        RuntimeError: There is no ``sys.monitoring``: Python 3.11; or, when it is used, no free tool id in it.
     """
 
     mechanism = "steps"
@@ -316,14 +387,10 @@ class StepClock(Alarm):
         self._events.switch_on()
 
     def _handle(self, frame: FrameType) -> None:
-        if not self._loop.running():
-            return
-        self._steps += 1
-        if self._loop.overdue():
-            self._loop.ring(frame, _call_with_events, at_a_seam=True)
-
-    def close(self) -> None:
-        self._events.close()
+        if self._loop.running():
+            self._steps += 1
+            if self._loop.overdue():
+                self._loop.ring(frame, at_a_seam=True)
 
 
 def choose_alarm(signum: int) -> Alarm:
@@ -340,7 +407,7 @@ def choose_alarm(signum: int) -> Alarm:
         raise RuntimeError("a watchdog is open already in this process")
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_kill") and signum:
         if signum == SIGALRM and _is_free(SIGALRM) and signal.getitimer(signal.ITIMER_REAL)[0] == 0:
-            return TimerAlarm()
+            return TimerAlarm(SIGALRM)
         if signum != SIGALRM and not _is_free(signum):
             raise ValueError(f"signum must be a signal without a handler, not {signal.Signals(signum)!r}")
         signum = SIGURG if signum == SIGALRM else signum

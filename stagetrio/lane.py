@@ -273,7 +273,7 @@ class Lane:
 
     def _unmasked(self, frame: FrameType) -> None:
         if self._loop.active is self:
-            self._loop.ring(frame, lambda function: function(), at_a_seam=True)
+            self._loop.ring(frame, at_a_seam=True)
 
     def account(self) -> Hashable:
         """The flow that is charged."""

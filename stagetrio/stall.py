@@ -185,7 +185,8 @@ class Monitor:
     def stop(self) -> None:
         """End the thread and wait for it: at most one call of ``on_stall``."""
         self._ended.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def causes(self) -> tuple[StallCause, ...]:
         """Return the causes seen, the most recent last."""

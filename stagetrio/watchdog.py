@@ -19,6 +19,7 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
+from time import perf_counter
 from types import ModuleType
 from typing import TypeVar
 
@@ -263,7 +264,8 @@ class Watchdog:
             for instrument in instruments:
                 trio.lowlevel.add_instrument(instrument)
             trio.lowlevel.spawn_system_task(turn, name="stagetrio turns")
-            self._monitor.start()
+            if loop.alarm.clock is perf_counter:
+                self._monitor.start()
             yield
         finally:
             loop.alarm.close()
