@@ -15,12 +15,13 @@ times what the flow's items have turned out to cost per declared unit (a new flo
 
     tag = finish (work that is booked) + reserved (estimates of what is in hand)
 
-and virtual time follows ``finish`` alone. So a wrong first guess (``cost=1.0`` for what takes a millisecond) holds back
+and virtual time follows ``finish`` alone. A flow that waits is not filed anew for an error of less than one item. So it
+has its turn to within two items' work, and a wrong first guess (``cost=1.0`` for what takes a millisecond) holds back
 only the flow it is about, and only while its item is in hand; it never moves the clock by which others are judged.
 
 **Several workers** serving in order of tags would all take a dear item at the same time, since dear flows stand at the
-same old tag together, and the cheap flows' next turn comes when those are done. So flows are kept in *ranks*, by the
-power of two nearest to what their items cost. While there is one rank, it is served as above. With several there is a
+same old tag together, and the cheap flows' next turn comes when those are done. So flows are kept in *ranks* of
+those whose items cost about the same, to within a factor of two. While there is one rank, it is served as above. With several there is a
 second clock, which moves by each item's share of the work, ``cost / sum of the weights that wait``. A rank's head may
 start when this clock has reached its tag, and among those that may, the one that would finish first does. So a dear
 item lets every cheap flow have a turn before the next dear one. This is 2DFQ's spreading of dear items over time;
@@ -47,131 +48,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from heapq import heappush
-from typing import Any, Generic, TypeVar
+from typing import Generic
 
-import msgspec
-
-from stagetrio.ranks import Member, Rank
-
-F = TypeVar("F", bound=Hashable)
-T = TypeVar("T")
+from stagetrio.flow import EMPTY, Delivery, F, Flow, T, check_positive
+from stagetrio.ranks import Rank
 
 LEARN = 0.25  # how much one settled item moves its flow's rate of cost
-LEARN_ALL = 0.05  # and the one by which flows not seen before are judged
+LEARN_ALL = 0.05  # and the first one of a flow the rate by which flows not seen before are judged
 SLACK = 2.0  # shares of a dear item by which the clock may pass the first finish
-
-
-def check_positive(name: str, value: float) -> float:
-    """Return ``value``, or raise a `TypeError` or `ValueError` that names it unless it is finite and above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be finite and above 0, not {value!r}")
-    return value
-
-
-EMPTY: Any = object()  # what `Flow.first` is while the flow has no item
-
-
-class Flow(Member, Generic[F, T]):
-    """What the order keeps of one flow; 300 bytes while it is idle.
-
-    Its items are ``first`` and then ``rest``, so that a flow with one item at a time needs no container.
-
-    Args:
-        key: Who it is.
-        weight: Its share relative to the others', above 0.
-        start: The tag it begins with.
-        rank: The rank it begins in.
-    """
-
-    __slots__ = (
-        *("key", "weight", "inverse", "first", "rest", "costs", "finish", "reserved", "in_hand"),
-        *("rate", "spread", "held", "pins", "waiters"),
-    )
-
-    def __init__(self, key: F, weight: float, start: float, rank: Rank[Flow[F, T]]) -> None:
-        self.key = key
-        self.weight = weight
-        self.inverse = 1.0 / weight
-        self.first: T = EMPTY
-        self.rest: deque[T] | None = None
-        self.costs: deque[float] | None = None  # of all items; None: 1.0 each
-        self.finish = start  # normalised work booked
-        self.reserved = 0.0  # normalised estimates of what is in hand
-        self.in_hand = 0
-        self.filed = None
-        self.rank = rank
-        self.rate = self.spread = 0.0  # settled cost per declared unit, mean and mean deviation; 0: nothing settled yet
-        self.held = 0
-        self.pins = 0  # channels that hold on to this record
-        self.waiters: Any = None  # whatever the owner of the order keeps here; the record is not forgotten meanwhile
-
-    def __len__(self) -> int:
-        return (self.first is not EMPTY) + (len(self.rest) if self.rest else 0)
-
-    def __bool__(self) -> bool:
-        return True
-
-    def append(self, item: T, cost: float) -> None:
-        """Add an item behind the first, which there must be."""
-        if self.rest is None:
-            self.rest = deque()
-        if self.costs is not None:
-            self.costs.append(cost)
-        elif cost != 1.0:
-            self.costs = deque([1.0] * len(self))
-            self.costs.append(cost)
-        self.rest.append(item)
-
-    def items(self) -> list[T]:
-        """Its items, oldest first."""
-        return [] if self.first is EMPTY else [self.first, *(self.rest or ())]
-
-
-class Delivery(msgspec.Struct, Generic[F, T], eq=False):
-    """One item in hand, whose true cost is still to be told.
-
-    Attributes:
-        flow: Whose item it is.
-        item: What was sent.
-        declared: The cost its sender gave.
-    """
-
-    flow: F
-    item: T
-    declared: float
-    _estimate: float
-    _record: Flow[F, T]
-    _order: FairOrder[F, T] | None
-
-    def __repr__(self) -> str:
-        return f"<Delivery of {self.item!r} from {self.flow!r}>"
-
-    def settle(self, actual: float) -> None:
-        """Book what the item has cost, in the unit of the queue.
-
-        Only the first call counts; later ones do nothing, so that a ``finally`` may settle what was settled already. A
-        delivery that is dropped without it is booked at its estimate.
-
-        Args:
-            actual: The cost, finite and ≥ 0.
-
-        Raises:
-            ValueError: ``actual`` is negative or not finite.
-        """
-        order = self._order
-        if order is not None:
-            if not 0 <= actual < math.inf:
-                raise ValueError(f"actual must be finite and at least 0, not {actual!r}")
-            self._order = None
-            order.settle(self._record, self.declared, self._estimate, actual)
-
-    def __del__(self) -> None:
-        if self._order is not None:
-            self._order.abandoned.append((self._record, self._estimate))
 
 
 class FairOrder(Generic[F, T]):
@@ -200,7 +86,9 @@ class FairOrder(Generic[F, T]):
         self._since = 0.0  # normalised work booked since virtual time has moved
         self._filed = 0  # flows with items, not counting the woken
         self.in_hand = 0  # deliveries taken and not settled
-        self.abandoned: deque[tuple[Flow[F, T], float]] = deque()  # filled by finalizers, in whatever thread they run
+        self.abandoned: deque[tuple[Flow[F, T], float, float]] = (
+            deque()
+        )  # filled by finalizers, in whatever thread they run
 
     @property
     def backlogged(self) -> int:
@@ -216,7 +104,7 @@ class FairOrder(Generic[F, T]):
             if len(self.flows) >= self._max_idle:
                 self._forget()
             entry = self.virtual_time + self._since / (self.backlogged + 1)
-            record = self.flows[key] = Flow(key, weight, entry, self._newcomers)
+            record = self.flows[key] = Flow(key, weight, self, entry, self._newcomers)
             self._ring.append(record)
         elif weight is not None:
             if record.filed is not None:
@@ -290,14 +178,17 @@ class FairOrder(Generic[F, T]):
                 rank.sweep()
 
     def _rank(self, record: Flow[F, T], cost: float) -> None:
-        """Put a flow whose items cost ``cost`` into the rank of that size."""
+        """Put a flow whose items cost ``cost`` into a rank of that size."""
+        if not self._by_size:
+            self._weight = math.fsum(r.weight for r in self.flows.values() if r.filed is not None)
+            self._clock = self.virtual_time
         size = math.frexp(cost)[1]
-        rank = self._by_size.get(size)
-        if rank is None:
-            if not self._by_size:
-                self._weight = math.fsum(r.weight for r in self.flows.values() if r.filed is not None)
-                self._clock = self.virtual_time
-            rank = self._by_size[size] = Rank(0.75 * 2.0**size)
+        for near in (size, size - 1, size + 1):
+            rank = self._by_size.get(near)
+            if rank is not None and rank.low <= cost < rank.high:
+                break
+        else:
+            rank = self._by_size[size] = Rank(cost)
         record.rank = rank
 
     # Items in.
@@ -312,17 +203,6 @@ class FairOrder(Generic[F, T]):
                 record.costs = deque((cost,))
             self.woken.append(record)
 
-    def push_many(self, record: Flow[F, T], items: Sequence[T]) -> None:
-        """Append at least two items of cost 1.0 to a flow none of whose items costs anything else."""
-        if record.first is EMPTY:
-            record.first = items[0]
-            items = items[1:]
-            self.woken.append(record)
-        if record.rest is None:
-            record.rest = deque(items)
-        else:
-            record.rest.extend(items)
-
     # Items out.
 
     def head(self) -> Flow[F, T] | None:
@@ -333,57 +213,46 @@ class FairOrder(Generic[F, T]):
         return ranks[0].first() if len(ranks) == 1 else self._choose()
 
     def _choose(self) -> Flow[F, T] | None:
-        heads = []
+        ranks = self._ranks
         least = first_finish = math.inf
         dearest = 0.0
-        for rank in self._ranks:
+        soonest = None
+        emptied = None
+        for rank in ranks:
             record = rank.first()
-            if record is not None:
-                tag = rank.tag
-                finish = tag + rank.cost
-                heads.append((finish, tag, record))
-                if tag < least:
-                    least = tag
-                if finish < first_finish:
-                    first_finish = finish
-                if rank.cost > dearest:
-                    dearest = rank.cost
-        if len(heads) < len(self._ranks) - 2:
-            self._unlist(heads)
-        if not heads:
-            return None
-        clock = min(self._clock, first_finish + SLACK * dearest / self.backlogged)
+            if record is None:
+                emptied = rank
+                continue
+            tag = rank.tag
+            if tag < least:
+                least = tag
+            if rank.cost > dearest:
+                dearest = rank.cost
+            if tag + rank.cost < first_finish:
+                first_finish = tag + rank.cost
+                soonest = record
+        if emptied is not None:
+            emptied.listed = False
+            ranks.remove(emptied)
+        if soonest is None:
+            return self._choose() if ranks else None
+        clock = self._clock
+        if clock > first_finish:
+            clock = min(clock, first_finish + SLACK * dearest / self.backlogged)
         self._clock = clock = max(clock, least)
-        chosen, best = heads[0][2], math.inf
-        for finish, tag, record in heads:
-            if tag <= clock and finish < best:
-                chosen, best = record, finish
-        return chosen
+        if soonest.rank.tag <= clock:
+            return soonest
+        return min(
+            (rank.cost + rank.tag, record)
+            for rank in ranks
+            if (record := rank.first()) is not None and rank.tag <= clock
+        )[1]
 
-    def _unlist(self, heads: list[tuple[float, float, Flow[F, T]]]) -> None:
-        for rank in self._ranks:
-            rank.listed = False
-        self._ranks = [record.rank for _, _, record in heads]
-        for rank in self._ranks:
-            rank.listed = True
-
-    def drop(self, record: Flow[F, T], *, newest: bool = False) -> T:
-        """Remove the oldest (or newest) item of a flow, unserved: nothing is booked."""
-        if self.woken:
-            self.file_woken()
-        item = record.first
-        if not record.rest:
-            self._leave(record)
-            self._emptied(record)
-        elif newest:
-            item = record.rest.pop()
-            if record.costs is not None:
-                record.costs.pop()
-        else:
-            record.first = record.rest.popleft()
-            if record.costs is not None:
-                record.costs.popleft()
-        return item
+    def drop(self, record: Flow[F, T]) -> T:
+        """Remove the oldest item of a flow, unserved: nothing is booked."""
+        if record.rest:
+            return record.pop_oldest()
+        return self.discard(record)[0]
 
     def _emptied(self, record: Flow[F, T]) -> None:
         record.first, record.rest, record.costs = EMPTY, None, None
@@ -398,17 +267,15 @@ class FairOrder(Generic[F, T]):
         """
         if self._by_size or self.in_hand:
             taken = self.take(max_items)
-            items = []
             for delivery in taken:
-                items.append(delivery.item)
-                delivery._order = None
-                self._book(delivery._record, delivery._estimate, delivery.declared)
-            return items
+                delivery._books = None
+                self.settle(delivery._record, delivery.declared, delivery._estimate, delivery.declared)
+            return [delivery.item for delivery in taken]
         if self.woken:
             self.file_woken()
         rank = self._newcomers
         buckets, tags = rank.buckets, rank.tags
-        items = []
+        items: list[T] = []
         while len(items) < max_items:
             bucket, begin, tag = rank.bucket, rank.next, rank.tag
             if begin == len(bucket):
@@ -447,10 +314,8 @@ class FairOrder(Generic[F, T]):
                     record.first = EMPTY
                     record.rest = None
                     self._filed -= 1
-            if begin >= 1024:
-                del bucket[:begin]  # newcomers may keep one bucket going for ever
-                begin = 0
             rank.next = begin
+            rank.trim()
         return items
 
     def _take_run(self, record: Flow[F, T], items: list[T], max_items: int) -> None:
@@ -482,35 +347,60 @@ class FairOrder(Generic[F, T]):
 
     def take(self, max_items: int) -> list[Delivery[F, T]]:
         """Remove up to ``max_items`` items in fair order; each reserves an estimate until it is settled."""
-        if self.abandoned:
-            self._book_abandoned()
+        while self.abandoned:
+            record, declared, estimate = self.abandoned.popleft()
+            self.settle(record, declared, estimate, estimate)
         if self.woken:
             self.file_woken()
+        ranks = self._ranks
         taken: list[Delivery[F, T]] = []
         while len(taken) < max_items:
-            record = self._ranks[0].first() if len(self._ranks) == 1 else self._choose()
-            if record is None:
-                break
-            record.rank.next += 1
-            cost = 1.0 if record.costs is None else record.costs.popleft()
-            estimate = cost * (record.rate + record.spread or self._rate or 1.0)
-            taken.append(Delivery(record.key, record.first, cost, estimate, record, self))
-            if record.finish > self.virtual_time:
-                self.virtual_time = record.finish
-                self._since = 0.0
-            record.in_hand += 1
-            record.reserved += estimate * record.inverse
-            if record.rest:
-                record.first = record.rest.popleft()
-                record.rank.file(record, record.finish + record.reserved)
+            if len(ranks) == 1:
+                rank, count = ranks[0], max_items - len(taken)
             else:
-                record.filed = None
-                self._weight -= record.weight
-                self._emptied(record)
-            if self._weight > 0:
-                self._clock += estimate / self._weight
+                head = self._choose()
+                if head is None:
+                    break
+                rank, count = head.rank, 1
+            bucket, begin, tag = rank.bucket, rank.next, rank.tag
+            if begin == len(bucket):
+                if not rank.tags:
+                    break
+                rank.advance()
+                continue
+            for record in bucket[begin : begin + count]:
+                begin += 1
+                if record.filed == tag and record.rank is rank:
+                    taken.append(self._deliver(record, tag))
+            rank.next = begin
+            rank.trim()
         self.in_hand += len(taken)
         return taken
+
+    def _deliver(self, record: Flow[F, T], tag: float) -> Delivery[F, T]:
+        """Take the first item of the flow that stands at the least tag, and file the flow anew or let it be idle."""
+        costs = record.costs
+        cost = 1.0 if costs is None else costs.popleft()
+        estimate = cost * (record.rate + record.spread or self._rate or 1.0)
+        delivery = Delivery(record.key, record.first, cost, estimate, record, self)
+        finish = record.finish
+        if finish > self.virtual_time:
+            self.virtual_time = finish
+            self._since = 0.0
+        record.in_hand += 1
+        record.reserved += estimate * record.inverse
+        if record.rest:
+            record.first = record.rest.popleft()
+            finish += record.reserved
+            record.rank.file(record, finish if finish > tag else tag)
+        else:
+            record.filed = None
+            record.first, record.rest, record.costs = EMPTY, None, None
+            self._filed -= 1
+            self._weight = self._weight - record.weight if self._filed else 0.0
+        if self._weight > 0:
+            self._clock += estimate / self._weight
+        return delivery
 
     # Work that is known afterwards.
 
@@ -524,27 +414,22 @@ class FairOrder(Generic[F, T]):
         else:
             record.rate = rate
             self._rate = self._rate + LEARN_ALL * (rate - self._rate) if self._rate else rate
-        cost = declared * (record.rate + record.spread) * record.inverse
-        if not record.rank.low <= cost < record.rank.high:
+        inverse = record.inverse
+        cost = slack = declared * (record.rate + record.spread) * inverse
+        rank = record.rank
+        if not rank.low <= cost < rank.high:
             self._rank(record, cost)
-        self._book(record, estimate, actual)
-
-    def _book(self, record: Flow[F, T], estimate: float, actual: float) -> None:
-        self.in_hand -= 1
-        record.in_hand -= 1
+            slack = -1.0  # it must be filed in its new rank
         if self._weight > 0:
             self._clock += (actual - estimate) / self._weight
-        inverse = record.inverse
+        self.in_hand -= 1
+        record.in_hand -= 1
         record.reserved = record.reserved - estimate * inverse if record.in_hand else 0.0
-        record.finish += actual * inverse
-        self._since += actual * inverse
-        if record.filed is not None:
+        lift = actual * inverse
+        record.finish += lift
+        self._since += lift
+        if record.filed is not None and not -slack <= record.finish + record.reserved - record.filed <= slack:
             self._move(record)
-
-    def _book_abandoned(self) -> None:
-        while self.abandoned:
-            record, estimate = self.abandoned.popleft()
-            self._book(record, estimate, estimate)
 
     def charge(self, record: Flow[F, T], delta: float) -> None:
         """Book work beyond (or below) what was declared, never to before virtual time."""

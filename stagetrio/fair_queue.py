@@ -46,8 +46,10 @@ from trio.lowlevel import (
     wait_task_rescheduled,
 )
 
-from stagetrio.fair_order import EMPTY, Delivery, F, FairOrder, Flow, T, check_positive
+from stagetrio.fair_order import FairOrder
+from stagetrio.flow import EMPTY, Delivery, F, Flow, T, check_positive
 from stagetrio.limiter import Overloaded
+from stagetrio.runs import Run, put_back, take_runs
 
 PILE = 32  # items up to which a flow is never thought to crowd others out
 
@@ -185,7 +187,8 @@ class FairQueue(Generic[F, T]):
         easy = 0
         if bound > 1 and cost == 1.0 and record.costs is None:
             easy = int(bound)
-            self._order.push_many(record, items[:easy])
+            self._order.push(record, items[0], cost)
+            record.extend(list(items[1:easy]))
             self._items += easy
             if self._receivers:
                 self._hand_over()
@@ -379,6 +382,51 @@ class FairQueue(Generic[F, T]):
         """
         return await self._take_wait(self._order.take, max_items)
 
+    def receive_runs_nowait(self, max_items: int, quantum: float) -> list[Run[F, T]]:
+        """Take items in runs of one flow each, up to ``quantum`` of estimated work: for a consumer that serves in turn.
+
+        Args:
+            max_items: How many at most, ≥ 1.
+            quantum: The work of a run, in the unit of the queue, > 0; a dearer item is a run of its own.
+
+        Raises:
+            trio.WouldBlock: There is nothing now.
+            trio.EndOfChannel: The queue is closed, and nothing is left in it.
+        """
+
+        def take(count: int) -> list[Run[F, T]]:
+            return take_runs(self._order, count, quantum)
+
+        if self._waiting_senders or self._closed or not self._received:
+            return self._take_nowait(take, max_items)
+        runs = take(max_items)
+        if not runs:
+            raise trio.WouldBlock
+        for run in runs:
+            self._items -= len(run.items)
+            self._received += len(run.items)
+        return runs
+
+    def put_back(self, run: Run[F, T]) -> None:
+        """Give the items of a run that have not begun back to the front of their flow, to be ordered anew.
+
+        They count as queued again, also where others have taken their places.
+        """
+        count = put_back(run)
+        self._items += count
+        self._received -= count
+
+    async def receive_run(self, quantum: float) -> Run[F, T]:
+        """Wait for an item, and return it as a run; `receive_runs_nowait` then gives more at once.
+
+        Raises:
+            trio.EndOfChannel: The queue is closed, and nothing is left in it.
+
+        Checkpoints: Always. A cancelled receive has not taken anything.
+        """
+        run: Run[F, T] = (await self._take_wait(lambda count: take_runs(self._order, count, quantum), 1))[0]
+        return run
+
     def _take_nowait(self, take: Callable[[int], list[Any]], max_items: int) -> list[Any]:
         taken = self._taken(take, max_items)
         if not taken:
@@ -558,7 +606,7 @@ class FairQueue(Generic[F, T]):
             max_items=self._max_items,
             flows_backlogged=order.backlogged,
             flows_known=len(order.flows),
-            in_hand=order.in_hand,
+            in_hand=order.in_hand - len(order.abandoned),
             tasks_waiting_send=self._waiting_senders,
             tasks_waiting_receive=len(self._receivers),
             sent=gone + self._items,

@@ -110,7 +110,11 @@ class Host(Protocol):
 class Peer(Generic[M]):
     """The other side of one connection, as handlers see it.
 
-    Made by the server. Anything may be kept in `data`, for as long as the connection lasts.
+    Made by the server.
+
+    Attributes:
+        data: Whatever the app keeps of this connection; the library does not look at it.
+        closed: Whether the connection is closed or about to be: nothing sent from now on arrives.
     """
 
     __slots__ = (
@@ -142,11 +146,13 @@ class Peer(Generic[M]):
         "_watching_frame",
         "_watching_output",
         "channel",
+        "closed",
         "data",
     )
 
     def __init__(self, host: Host, transport: Transport, address: Address | None, decoder: FrameDecoder) -> None:
         self.data: Any = None
+        self.closed = False
         self.channel: Any = None  # the host's: where this peer's messages go
         self._host = host
         self._transport = transport
@@ -179,11 +185,6 @@ class Peer(Generic[M]):
     def address(self) -> Address | None:
         """Where the other side is, or None for a stream that cannot tell."""
         return self._address
-
-    @property
-    def closed(self) -> bool:
-        """Whether the connection is closed or about to be: nothing sent from now on arrives."""
-        return self._state is not _State.OPEN
 
     @property
     def close_reason(self) -> CloseReason | None:
@@ -297,6 +298,20 @@ class Peer(Generic[M]):
             self._touched = True
             self._host.touch(self)
 
+    def reply(self, frame: bytes) -> bool:
+        """Put the reply to a message taken by `Host.admit`, which is done with it; False where nobody will get it."""
+        if self._state:
+            return False
+        self._out.append(frame)
+        self._out_bytes += len(frame)
+        if not self._touched:
+            self._touched = True
+            self._host.touch(self)
+        self._backlog -= 1
+        if self._paused or self._end_after is not None:
+            self.advance()
+        return True
+
     def done(self) -> None:
         """One of the messages taken by `Host.admit` has been handled or dropped."""
         self._backlog -= 1
@@ -393,6 +408,7 @@ class Peer(Generic[M]):
 
     def _leave(self, state: _State, reason: CloseReason) -> None:
         self._state = state
+        self.closed = True
         self._reason = reason
         self._leftover.clear()
         if self._room is not None:
@@ -439,27 +455,29 @@ class Peer(Generic[M]):
             self._received(frames)
 
     def _received(self, frames: list[bytes]) -> None:
+        limits = self._host.limits
         self._frames_received += len(frames)
-        if self._host.limits.idle_within != inf:
+        if limits.idle_within != inf:
             self._last_frame = trio.current_time()
         self._admit(frames)
+        # A full backlog alone does not pause: most peers have sent all they have in flight, and pausing costs two
+        # system calls. What one more read brings is held.
+        if self._leftover or self._out_bytes > limits.max_outbox_bytes:
+            self._pause()
 
     def _admit(self, frames: list[bytes]) -> None:
-        limits = self._host.limits
-        while frames:
-            room = limits.max_decoded - self._backlog
+        while True:
+            room = self._host.limits.max_decoded - self._backlog
             if room <= 0:
                 break
             queued, refused = self._host.admit(self, frames if len(frames) <= room else frames[:room])
             self._backlog += queued
+            if queued == len(frames):
+                return
             frames = frames[queued + refused :]
-            if not refused:
+            if not (frames and refused):
                 break
-        if frames:
-            self._leftover = frames
-            self._pause()
-        elif self._backlog >= limits.max_decoded or self._out_bytes > limits.max_outbox_bytes:
-            self._pause()
+        self._leftover = frames
 
     def _on_end(self, error: OSError | None) -> None:
         self._eof = True

@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import math
 from heapq import heapify, heappop, heappush
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 
-class Member:
+class Member(Protocol):
     """What a rank asks of its members."""
-
-    __slots__ = ("filed", "rank")
 
     filed: float | None
     """The tag under which it is filed; None: it is not."""
-    rank: Rank[Any]
-    """Where it is filed, or will be."""
+    rank: Any
+    """The rank in which it is filed, or will be."""
 
 
 M = TypeVar("M", bound=Member)
@@ -41,7 +39,7 @@ class Rank(Generic[M]):
 
     def __init__(self, cost: float) -> None:
         self.cost = cost
-        self.low, self.high = cost * 0.5, cost * 1.75  # wider than the rank by a quarter, so that few go to and fro
+        self.low, self.high = cost / 2, cost * 2  # for the owner: whose members' items cost this much stay
         self.listed = False  # for the owner: whether it is among those that may have members
         self.buckets: dict[float, list[M]] = {}
         self.tags: list[float] = []
@@ -67,7 +65,9 @@ class Rank(Generic[M]):
     def put_back(self) -> None:
         """Take no bucket to be in service."""
         rest = self.bucket[self.next :]
-        if rest:
+        if self.tag in self.buckets:
+            self.buckets[self.tag][:0] = rest
+        elif rest:
             self.buckets[self.tag] = rest
             heappush(self.tags, self.tag)
         self.bucket, self.next, self.tag = [], 0, -math.inf
@@ -76,9 +76,6 @@ class Rank(Generic[M]):
         """Return the member with the least tag, which `tag` then is; None when there is none."""
         while True:
             bucket, tag = self.bucket, self.tag
-            if self.next >= 1024:
-                del bucket[: self.next]  # newcomers may keep one bucket going for ever
-                self.next = 0
             while self.next < len(bucket):
                 record = bucket[self.next]
                 if record.filed == tag and record.rank is self:
@@ -87,6 +84,12 @@ class Rank(Generic[M]):
             if not self.tags:
                 return None
             self.advance()
+
+    def trim(self) -> None:
+        """Forget the members that were served, since newcomers may keep one bucket going for ever."""
+        if self.next >= 1024:
+            del self.bucket[: self.next]
+            self.next = 0
 
     def advance(self) -> None:
         """Take the bucket with the least tag, which there must be, into service."""

@@ -28,7 +28,6 @@ from stagetrio.codec import Closed, Codec, Done, Failed, Refused
 from stagetrio.fair_queue import FairQueue
 from stagetrio.framing import Framing, LengthPrefixed, ProtocolError
 from stagetrio.hub import Hub
-from stagetrio.lane import Lane
 from stagetrio.limiter import Overloaded
 from stagetrio.nursery_pool import NurseryPool, open_nursery_pool
 from stagetrio.pacer import Pacer
@@ -105,8 +104,10 @@ class StageServer(Generic[M]):
         on_disconnect: Hook[M] | None,
     ) -> None:
         self.limits = limits
-        self._handler = handler
+        self._watched = handler
+        self._handler = handler if watchdog is None else self._handle_on_lane
         self._framing = framing
+        self._encode = framing.encode
         self._codec = codec
         self._max_connections = max_connections
         self._refuse = refuse
@@ -277,12 +278,11 @@ class StageServer(Generic[M]):
         if peer.closed:
             self._discarded += 1
             return
-        if self._stage.lane is not None:
-            self._tell(self._stage.lane, cast("M", frame))
         reply = await self._handler(peer, cast("M", frame))
-        if reply is not None:
-            self._reply(peer, self._framing.encode(cast("bytes", reply)))
-        peer.done()
+        if reply is None:
+            peer.done()
+        elif not peer.reply(self._encode(cast("bytes", reply))):
+            self._undeliverable += 1
 
     async def _serve_message(self, codec: Codec[M], item: tuple[Peer[M], bytes]) -> None:
         peer, frame = item
@@ -294,18 +294,21 @@ class StageServer(Generic[M]):
         except ProtocolError as error:
             peer.end(CloseReason.PROTOCOL, error.reason)
             return
-        if self._stage.lane is not None:
-            self._tell(self._stage.lane, message)
-        reply = await self._handler(peer, message)
-        if reply is not None:
-            self._reply(peer, self._framing.encode(codec.encode(reply, id)))
-        elif id is not None:
-            self._reply(peer, self._framing.encode(codec.encode(Done(), id)))
-        peer.done()
+        reply: Any = await self._handler(peer, message)
+        if reply is None:
+            if id is None:
+                peer.done()
+                return
+            reply = Done()
+        if not peer.reply(self._encode(codec.encode(reply, id))):
+            self._undeliverable += 1
 
-    def _tell(self, lane: Lane, message: M) -> None:
-        """Let the watchdog know whose frames may be stopped: the handler's, not the server's around it."""
-        lane.handler = self._handler if self._handler_of is None else self._handler_of(message)
+    def _handle_on_lane(self, peer: Peer[M], message: M) -> Coroutine[Any, Any, M | None]:
+        """Tell the watchdog whose frames may be stopped, the handler's and not the server's around it; then call."""
+        lane = self._stage.lane
+        assert lane is not None
+        lane.handler = self._watched if self._handler_of is None else self._handler_of(message)
+        return self._watched(peer, message)
 
     def _reply(self, peer: Peer[M], frame: bytes) -> None:
         if peer.closed:
@@ -337,7 +340,7 @@ class StageServer(Generic[M]):
         elif self._on_refused is not None:
             words = self._on_refused(peer, overloaded)
             if words is not None:
-                self._reply(peer, self._framing.encode(words))
+                self._reply(peer, self._encode(words))
 
     def _answer(self, peer: Peer[M], frame: bytes, answer: Refused | Failed) -> None:
         """Reply to a message that was not handled, under its id."""
@@ -347,7 +350,7 @@ class StageServer(Generic[M]):
         except ProtocolError as error:
             peer.end(CloseReason.PROTOCOL, error.reason)
         else:
-            self._reply(peer, self._framing.encode(self._codec.encode(answer, id)))
+            self._reply(peer, self._encode(self._codec.encode(answer, id)))
 
     def _after_slice(self) -> None:
         self._flush()
@@ -405,13 +408,13 @@ class StageServer(Generic[M]):
 
     def frame_of(self, message: M) -> bytes:
         if self._codec is None:
-            return self._framing.encode(cast("bytes", message))
-        return self._framing.encode(self._codec.encode(message))
+            return self._encode(cast("bytes", message))
+        return self._encode(self._codec.encode(message))
 
     def farewell(self, words: str) -> bytes | None:
         if self._codec is None:
             return None
-        return self._framing.encode(self._codec.encode(Closed(words)))
+        return self._encode(self._codec.encode(Closed(words)))
 
     def move(self, peer: Peer[Any], flow: Hashable) -> None:
         if peer.channel is not None:

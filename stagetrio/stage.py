@@ -10,7 +10,9 @@ handlers all wait runs ``workers`` of them at once.
     idle ──woken──▶ leading ──handler waits──▶ occupied ──handler done──▶ leading, if nobody is, else idle
 
 - The leader works in slices. After `SLICE` seconds, or `BATCH` messages when costs are declared and no clock is read,
-  it calls ``after_slice`` and checkpoints, so that the sockets are read and every other task gets its turn.
+  it calls ``after_slice`` and checkpoints, so that the sockets are read and every other task gets its turn. What it
+  has taken and not begun goes back to the queue, to be ordered by what the slice has taught about costs.
+- Messages are taken in runs (`stagetrio.runs`) of one flow, `RUN` seconds of estimated work each.
 - A message is charged to its flow with the time its handler held the loop, over all of its steps, unless ``cost`` says
   what it costs. Waiting costs nothing: it holds a worker, which ``workers`` bounds, but not the processor.
 - Order. A key is *in hand* while a handler with that key is occupied. A message whose key is in hand is parked behind
@@ -43,8 +45,9 @@ import attrs
 import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
 
-from stagetrio.fair_queue import Delivery, FairQueue
+from stagetrio.fair_queue import FairQueue
 from stagetrio.lane import Lane
+from stagetrio.runs import Run
 from stagetrio.stall import name_of
 from stagetrio.ticket import TicketStage
 from stagetrio.watchdog import BudgetExceeded, Watchdog
@@ -53,7 +56,8 @@ T = TypeVar("T")
 _Handling = Coroutine[Any, Any, object]
 
 SLICE = 0.001  # seconds the leader serves before everyone else gets a turn
-BATCH = 64  # messages taken from the queue at once: what is taken is no longer reordered
+BATCH = 64  # messages taken from the queue at once
+RUN = 50e-6  # seconds of estimated work taken from one flow at once
 MAX_PARKED = 64  # messages parked behind one key in hand
 
 
@@ -85,7 +89,7 @@ class StageStatistics:
 class _Worker(Generic[T]):
     """A worker task, and, while its handler is occupied, the key in hand and what waits behind it."""
 
-    __slots__ = ("cancelled", "delivery", "held", "key", "lane", "occupied", "parked", "scope", "spent", "task")
+    __slots__ = ("cancelled", "held", "item", "key", "lane", "occupied", "parked", "run", "scope", "spent", "task")
 
     def __init__(self, task: Task, lane: Lane | None) -> None:
         self.task = task
@@ -93,10 +97,11 @@ class _Worker(Generic[T]):
         self.scope = trio.CancelScope()
         self.occupied = False
         self.cancelled = False  # by `Stage.cancel`, not by its deadline
-        self.delivery: Delivery[Any, T]  # the one in hand, and the seconds it has held the loop
-        self.spent = 0.0
+        self.item: T  # in hand
+        self.run: Run[Any, T]  # the item in hand as a run of its own, to be settled
+        self.spent = 0.0  # seconds the item in hand has held the loop
         self.key: Hashable = None
-        self.parked: deque[Delivery[Any, T]] = deque()  # at most MAX_PARKED and what was left of a batch
+        self.parked: deque[Run[Any, T]] = deque()  # at most MAX_PARKED and what was left of a batch
         self.held: list[Hashable] = []  # flows held in the queue because they bring more of this key
 
 
@@ -153,6 +158,7 @@ class Stage(Generic[T]):
         self._budget = budget
         self._order_key = order_key
         self._cost = cost
+        self._quantum = RUN if cost is None else 0.0
         self._on_error = on_error
         self._after_slice = after_slice or (lambda: None)
         self._max_handling = max_handling
@@ -160,7 +166,7 @@ class Stage(Generic[T]):
         self._workers = 0
         self._idle: dict[Task, None] = {}  # followers, the most recently parked last
         self._leader: _Worker[T] | None = None
-        self._batch: list[Delivery[Any, T]] = []  # taken and not yet begun, the next one last
+        self._batch: list[Run[Any, T]] = []  # taken and not yet begun, the next one last
         self._in_hand: dict[Hashable, _Worker[T]] = {}
         self._occupied = 0
         self._handled = self._failed = self._overdue = self._cancelled = 0
@@ -270,107 +276,128 @@ class Stage(Generic[T]):
                     self._batch = await self._receive()
                     self._batch.reverse()
                 self.serving = True
-                await self._serve_slice(worker)
+                drained = await self._serve_slice(worker)
                 self.serving = False
                 if self._leader is worker:
                     self._after_slice()
-                    await trio.lowlevel.checkpoint()
+                    if not drained:  # else waiting for the queue lets the others run
+                        await trio.lowlevel.checkpoint()
         except trio.EndOfChannel:
             self._end()
         finally:
             if self._leader is worker:
                 self._leader = None
 
-    async def _receive(self) -> list[Delivery[Any, T]]:
+    async def _receive(self) -> list[Run[Any, T]]:
         try:
-            return self._queue.receive_deliveries_nowait(BATCH)
+            return self._queue.receive_runs_nowait(BATCH, self._quantum)
         except trio.WouldBlock:
             self._after_slice()
-            return await self._queue.receive_deliveries(BATCH)
+            return [await self._queue.receive_run(self._quantum)]
 
-    async def _serve_slice(self, worker: _Worker[T]) -> None:
-        """Serve the batch, and more from the queue while the slice lasts, or until a handler has waited."""
-        start, in_hand, cost, lane = self._start, self._in_hand, self._cost, worker.lane
+    async def _serve_slice(self, worker: _Worker[T]) -> bool:
+        """Serve the batch, and more from the queue while the slice lasts, or until a handler has waited.
+
+        Returns whether the queue was found empty.
+        """
+        handler = self._handler if self._ticket is None else None
+        in_hand, cost, lane = self._in_hand, self._cost, worker.lane
         then = perf_counter()
         end = then + SLICE
         while True:
             batch = self._batch
             while batch:
-                delivery = batch.pop()
-                if in_hand and self._park(delivery):
-                    continue
-                if lane is not None:
-                    self._begin(worker, lane, delivery)
-                coroutine = start(delivery)
-                try:
-                    trap = coroutine.send(None)
-                except StopIteration:
-                    self._handled += 1
-                except Exception as error:
-                    self._fail(delivery, error)
-                else:
-                    if not worker.occupied:
-                        self._occupy(worker, delivery)
-                    await self._finish(worker, delivery, coroutine, trap, perf_counter() - then)
-                    await self._serve_parked(worker)
-                    return
-                if lane is not None:
-                    lane.end()
-                if cost is None:
-                    now = perf_counter()
-                    delivery.settle(now - then if lane is None else lane.held)
-                    then = now
-                else:
-                    delivery.settle(cost(delivery.item))
-                if worker.occupied:  # it was made to wait
-                    await self._serve_parked(worker)
-                    return
-                if then > end:
-                    return
+                run = batch[-1]
+                items = run.items
+                count, spent = 0, 0.0
+                while items:
+                    if in_hand and self._park(run):
+                        continue
+                    item = items.pop()
+                    count += 1
+                    if lane is not None:
+                        self._begin(worker, lane, run, item)
+                    coroutine = handler(item) if handler is not None else self._start(run, item)
+                    try:
+                        trap = coroutine.send(None)
+                    except StopIteration:
+                        self._handled += 1
+                    except Exception as error:
+                        self._fail(item, error)
+                    else:
+                        if count > 1:
+                            run.settle(count - 1, spent)
+                        if not worker.occupied:
+                            self._occupy(worker, run, item)
+                        worker.item = item
+                        await self._finish(worker, run.single(item), coroutine, trap, perf_counter() - then)
+                        await self._serve_parked(worker)
+                        return False
+                    begun, then = then, perf_counter()
+                    held = then - begun if lane is None else lane.end()
+                    spent += held if cost is None else cost(item)
+                    if worker.occupied:  # it was made to wait
+                        run.settle(count, spent)
+                        await self._serve_parked(worker)
+                        return False
+                    if then > end and cost is None:
+                        run.settle(count, spent)
+                        self._put_back()
+                        return False
+                if count:
+                    run.settle(count, spent)
+                batch.pop()
             if cost is not None:
-                return
+                return False
             try:
-                self._batch = self._queue.receive_deliveries_nowait(BATCH)
-            except (trio.WouldBlock, trio.EndOfChannel):
-                return
+                self._batch = self._queue.receive_runs_nowait(BATCH, self._quantum)
+            except trio.WouldBlock:
+                return True
+            except trio.EndOfChannel:
+                return False
             self._batch.reverse()
 
-    def _begin(self, worker: _Worker[T], lane: Lane, delivery: Delivery[Any, T]) -> None:
-        worker.delivery = delivery
+    def _put_back(self) -> None:
+        for run in self._batch:  # the latest first, so that each flow's come back in order
+            self._queue.put_back(run)
+        self._batch.clear()
+
+    def _begin(self, worker: _Worker[T], lane: Lane, run: Run[Any, T], item: T) -> None:
+        worker.run, worker.item = run, item
         self.lane = lane
-        lane.begin(self._handler, delivery.flow, self._budget)
+        lane.begin(self._handler, run.flow, self._budget)
 
     def _preempted(self, worker: _Worker[T]) -> None:
         """The worker's handler waits for its turn to hold the loop."""
         if not worker.occupied:
-            self._occupy(worker, worker.delivery)
+            self._occupy(worker, worker.run, worker.item)
 
-    def _start(self, delivery: Delivery[Any, T]) -> Coroutine[Any, Any, object]:
+    def _start(self, run: Run[Any, T], item: T) -> _Handling:
         if self._ticket is None:
-            return self._handler(delivery.item)
-        return self._handle_with_ticket(self._ticket, delivery)
+            return self._handler(item)
+        return self._handle_with_ticket(self._ticket, run.flow, item)
 
-    async def _handle_with_ticket(self, ticket: TicketStage, delivery: Delivery[Any, T]) -> None:
-        async with ticket.ticket(delivery.flow):
-            await self._handler(delivery.item)
+    async def _handle_with_ticket(self, ticket: TicketStage, flow: Hashable, item: T) -> None:
+        async with ticket.ticket(flow):
+            await self._handler(item)
 
-    def _key_of(self, delivery: Delivery[Any, T]) -> Hashable:
-        return delivery.flow if self._order_key is None else self._order_key(delivery.item)
+    def _key_of(self, run: Run[Any, T], item: T) -> Hashable:
+        return run.flow if self._order_key is None else self._order_key(item)
 
-    def _park(self, delivery: Delivery[Any, T]) -> bool:
-        """Put a delivery behind its key if that is in hand."""
-        worker = self._in_hand.get(self._key_of(delivery))
+    def _park(self, run: Run[Any, T]) -> bool:
+        """Put the next item of a run behind its key if that is in hand."""
+        worker = self._in_hand.get(self._key_of(run, run.items[-1]))
         if worker is None:
             return False
-        worker.parked.append(delivery)
+        worker.parked.append(run.single(run.items.pop()))
         if len(worker.parked) >= MAX_PARKED:
-            self._queue.hold(delivery.flow)
-            worker.held.append(delivery.flow)
+            self._queue.hold(run.flow)
+            worker.held.append(run.flow)
         return True
 
-    def _occupy(self, worker: _Worker[T], delivery: Delivery[Any, T]) -> None:
+    def _occupy(self, worker: _Worker[T], run: Run[Any, T], item: T) -> None:
         """Leave the worker to its handler, which waits, and to what will be parked behind it; another one leads."""
-        worker.key = self._key_of(delivery)
+        worker.key = self._key_of(run, item)
         self._in_hand[worker.key] = worker
         worker.occupied = True
         self._occupied += 1
@@ -381,10 +408,12 @@ class Stage(Generic[T]):
         while worker.parked:
             if worker.scope.cancel_called:
                 return
-            delivery = worker.parked.popleft()
+            run = worker.parked.popleft()
+            item = run.items.pop()
             if worker.lane is not None:
-                self._begin(worker, worker.lane, delivery)
-            await self._finish(worker, delivery, self._start(delivery), None, 0.0)
+                self._begin(worker, worker.lane, run, item)
+            worker.item = item
+            await self._finish(worker, run, self._start(run, item), None, 0.0)
             await trio.lowlevel.checkpoint()
         del self._in_hand[worker.key]
         for flow in worker.held:
@@ -394,15 +423,16 @@ class Stage(Generic[T]):
         self._occupied -= 1
 
     async def _finish(
-        self, worker: _Worker[T], delivery: Delivery[Any, T], coroutine: _Handling, trap: object, spent: float
+        self, worker: _Worker[T], run: Run[Any, T], coroutine: _Handling, trap: object, spent: float
     ) -> None:
-        worker.delivery, worker.spent = delivery, spent
+        """Bring a handler to its end; ``run`` is its item alone."""
+        worker.run, worker.spent = run, spent
         if self._max_handling != inf:
             worker.scope.deadline = trio.current_time() + self._max_handling
         try:
             await _resume(worker, coroutine, trap)
         except Exception as error:
-            self._fail(delivery, error)
+            self._fail(worker.item, error)
         else:
             self._handled += 1
         worker.scope.deadline = inf
@@ -410,8 +440,7 @@ class Stage(Generic[T]):
 
     def _settle(self, worker: _Worker[T]) -> None:
         spent = worker.spent if worker.lane is None else worker.lane.end()
-        delivery = worker.delivery
-        delivery.settle(spent if self._cost is None else self._cost(delivery.item))
+        worker.run.settle(1, spent if self._cost is None else self._cost(worker.item))
 
     def _settle_cancelled(self, worker: _Worker[T]) -> None:
         """Book a handler that was cancelled alone."""
@@ -428,14 +457,14 @@ class Stage(Generic[T]):
             error = BudgetExceeded(name_of(handler), self._budget)
         else:
             error = trio.TooSlowError(f"the handler took longer than max_handling={self._max_handling:g} s")
-        self._fail(worker.delivery, error)
+        self._fail(worker.item, error)
 
-    def _fail(self, delivery: Delivery[Any, T], error: Exception) -> None:
+    def _fail(self, item: T, error: Exception) -> None:
         """The one place where a handler's error is caught, for the owner who asked for it."""
         self._failed += 1
         if self._on_error is None:
             raise error
-        self._on_error(delivery.item, error)
+        self._on_error(item, error)
 
 
 @types.coroutine

@@ -1,0 +1,120 @@
+"""Items come in runs of one flow, fair to within a quantum, and what is put back is as if it had not been taken."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+
+import pytest
+import trio
+
+from stagetrio.fair_queue import FairQueue
+
+
+def settled_queue(costs: dict[str, float], items: int) -> FairQueue[str, int]:
+    """A queue that knows what each flow's items cost, with so many of them queued."""
+    queue: FairQueue[str, int] = FairQueue(100_000)
+    for flow in costs:
+        for item in range(-1, items):
+            queue.send_nowait(flow, item)
+    for _ in costs:
+        (run,) = queue.receive_runs_nowait(1, 1.0)
+        run.settle(1, costs[run.flow])
+    return queue
+
+
+def test_a_run_holds_what_fits_into_the_quantum() -> None:
+    """Cheap items come together, dear ones alone, and unknown ones alone too."""
+    queue = settled_queue({"cheap": 0.1, "dear": 5.0}, 1000)
+    lengths: dict[str, set[int]] = {"cheap": set(), "dear": set()}
+    for _ in range(5):
+        for run in queue.receive_runs_nowait(100, 1.05):
+            lengths[run.flow].add(len(run.items))
+            run.settle(len(run.items), {"cheap": 0.1, "dear": 5.0}[run.flow] * len(run.items))
+    assert lengths["dear"] == {1}
+    assert max(lengths["cheap"]) == 10
+    queue.send_nowait("new", 1)
+    queue.send_nowait("new", 2)
+    new = [run for run in queue.receive_runs_nowait(3000, 0.001) if run.flow == "new"]
+    assert [len(run.items) for run in new] == [1, 1]
+
+
+@pytest.mark.parametrize("quantum", [0.0, 1.0, 10.0])
+def test_flows_get_equal_work_to_within_a_quantum(quantum: float) -> None:
+    """Whatever an item costs, the work two backlogged flows have had differs by a quantum and an item at most."""
+    costs = {"a": 0.3, "b": 1.0, "c": 3.0}
+    queue = settled_queue(costs, 1000)
+    work = Counter(costs)
+    order: dict[str, list[int]] = {flow: [] for flow in costs}
+    for _ in range(250):
+        for run in queue.receive_runs_nowait(5, quantum):
+            order[run.flow] += reversed(run.items)
+            work[run.flow] += costs[run.flow] * len(run.items)  # type: ignore[assignment]
+            run.settle(len(run.items), costs[run.flow] * len(run.items))
+        assert max(work.values()) - min(work.values()) <= quantum + 2 * 3.0
+    assert all(items == list(range(len(items))) for items in order.values())
+
+
+def test_what_is_put_back_comes_again_in_order() -> None:
+    """Items not begun go back to the front of their flow, whether or not it has others, and count as queued."""
+    queue = settled_queue({"a": 0.1}, 10)
+    (run,) = queue.receive_runs_nowait(4, 1.0)
+    assert run.items.pop() == 0
+    run.settle(1, 0.1)
+    queue.put_back(run)
+    assert queue.statistics().items == 9
+    (run,) = queue.receive_runs_nowait(100, 10.0)
+    assert list(reversed(run.items)) == list(range(1, 10))
+    queue.put_back(run)
+    queue.put_back(run)
+    assert queue.statistics().items == 9
+    assert [queue.receive_nowait() for _ in range(9)] == list(range(1, 10))
+    assert queue.statistics().in_hand == 0
+
+
+def test_an_item_of_its_own_is_settled_on_its_own() -> None:
+    """A run can be settled part by part, and gives items away one by one."""
+    queue = settled_queue({"a": 0.1}, 10)
+    (run,) = queue.receive_runs_nowait(4, 1.0)
+    single = run.single(run.items.pop())
+    assert (single.items, single.flow) == ([0], "a")
+    run.items.clear()
+    run.settle(2, 0.2)
+    assert queue.statistics().in_hand == 2
+    single.settle(1, 0.1)
+    run.settle(1, 0.1)
+    assert queue.statistics().in_hand == 0
+
+
+def test_a_run_that_is_dropped_is_booked_at_its_estimate() -> None:
+    """Work that nobody settled does not stay in hand for ever."""
+    queue = settled_queue({"a": 0.1}, 10)
+    runs = queue.receive_runs_nowait(4, 1.0)
+    assert queue.statistics().in_hand == 4
+    del runs
+    gc.collect()
+    (run,) = queue.receive_runs_nowait(1, 1.0)
+    run.settle(1, 0.1)
+    assert queue.statistics().in_hand == 0
+
+
+async def test_waiting_and_the_end() -> None:
+    """A waiting receiver gets a run of one; an empty queue blocks, a closed one ends."""
+    queue: FairQueue[str, int] = FairQueue(10)
+    with pytest.raises(trio.WouldBlock):
+        queue.receive_runs_nowait(1, 1.0)
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def receive() -> None:
+            run = await queue.receive_run(1.0)
+            assert (run.flow, run.items) == ("a", [1])
+            run.settle(1, 1.0)
+
+        await trio.testing.wait_all_tasks_blocked()
+        queue.send_nowait("a", 1)
+    queue.close()
+    with pytest.raises(trio.EndOfChannel):
+        queue.receive_runs_nowait(1, 1.0)
+    with pytest.raises(trio.EndOfChannel):
+        await queue.receive_run(1.0)
