@@ -20,17 +20,17 @@ has its turn to within two items' work, and a wrong first guess (``cost=1.0`` fo
 only the flow it is about, and only while its item is in hand; it never moves the clock by which others are judged.
 
 **Several workers** serving in order of tags would all take a dear item at the same time, since dear flows stand at the
-same old tag together, and the cheap flows' next turn comes when those are done. So flows are kept in *ranks* of
-those whose items cost about the same, to within a factor of two. While there is one rank, it is served as above. With several there is a
-second clock, which moves by each item's share of the work, ``cost / sum of the weights that wait``. A rank's head may
-start when this clock has reached its tag, and among those that may, the one that would finish first does. So a dear
-item lets every cheap flow have a turn before the next dear one. This is 2DFQ's spreading of dear items over time;
+same old tag together, and the cheap flows' next turn comes when those are done. So flows are kept in *ranks* of those
+whose items cost about the same, to within a factor of two. While there is one rank, it is served as above. With several
+there is a second clock, which moves by each item's share of the work, ``cost / sum of the weights that wait``. A rank's
+head may start when this clock has reached its tag, and among those that may, the one that would finish first does. So a
+dear item lets every cheap flow have a turn before the next dear one. This is 2DFQ's spreading of dear items over time;
 because the clock moves with the work taken, and not with the wall's, it needs to know neither how many workers there
 are nor how fast they are. It keeps between the least tag and the first finish among the heads (plus `SLACK` dear items'
 share), so that neither idle moments nor a flow's debt can carry it away. (Measured for 16 workers, 50 flows of 1 ms and
-50 of 100 ms, 99th percentile of a cheap flow's wait between turns: least tag first 303 ms; eligible by worker number as
-in 2DFQ 9 ms; this 9 ms. With a mean of all tags as the clock 9 ms as well, but 400 ms where one item in ten of a flow
-costs 400 times the others, and this 35 ms.)
+50 of 100 ms, 99th percentile of a cheap flow's wait between turns, for which 6.25 ms would be even: least tag first
+303 ms; eligible by worker number as in 2DFQ 9 ms; this 7 ms. With a mean of all tags as the clock 7 ms as well, but
+400 ms where one item in ten of a flow costs 400 times the others, and this 35 ms.)
 
 **Strangers.** A stream of flows never seen before, each with one item, would keep virtual time where it is, and a flow
 that has been served once would wait for ever behind them. They start later than virtual time, by the work served since
