@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
-from functools import partial
 from itertools import islice
 from math import inf
 from typing import Any, Generic, TypeVar, cast
@@ -24,9 +23,10 @@ import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
 
 from stagetrio.accept import Acceptor
-from stagetrio.codec import Closed, Codec, Done, Failed, Refused
+from stagetrio.codec import Codec
+from stagetrio.exchange import Exchange, Handler, Item
 from stagetrio.fair_queue import FairQueue
-from stagetrio.framing import Framing, LengthPrefixed, ProtocolError
+from stagetrio.framing import Framing, LengthPrefixed
 from stagetrio.hub import Hub
 from stagetrio.limiter import Overloaded
 from stagetrio.nursery_pool import NurseryPool, open_nursery_pool
@@ -37,10 +37,9 @@ from stagetrio.rules import CloseReason, PeerLimits
 from stagetrio.sockets import Address
 from stagetrio.stage import Stage, StageStatistics
 from stagetrio.transport import Transport
-from stagetrio.watchdog import BudgetExceeded, Watchdog
+from stagetrio.watchdog import Watchdog
 
 M = TypeVar("M")
-Handler = Callable[[Peer[M], M], Coroutine[Any, Any, M | None]]
 Hook = Callable[[Peer[M]], Awaitable[object]]
 
 ROOM_BATCH = 16  # peers offered the room that a slice has made
@@ -104,27 +103,25 @@ class StageServer(Generic[M]):
         on_disconnect: Hook[M] | None,
     ) -> None:
         self.limits = limits
-        self._watched = handler
-        self._handler = handler if watchdog is None else self._handle_on_lane
+        self._handler = handler
         self._framing = framing
-        self._encode = framing.encode
-        self._codec = codec
+        called = handler if watchdog is None else self._handle_on_lane
+        self._exchange = Exchange(called, framing, codec, on_error, on_refused)
         self._max_connections = max_connections
         self._refuse = refuse
         self._handler_of = handler_of
         self._flow = flow
         self._cancel_on_disconnect = cancel_on_disconnect
         self._on_error = on_error
-        self._on_refused = on_refused
         self._on_connect = on_connect
         self._on_disconnect = on_disconnect
-        self._queue: FairQueue[Any, tuple[Peer[M], bytes]] = FairQueue(max_items, weight=weight)
+        self._queue: FairQueue[Any, Item] = FairQueue(max_items, weight=weight)
         self._stage = Stage(
-            self._serve_bytes if codec is None else partial(self._serve_message, codec),
+            self._exchange.serve,
             queue=self._queue,
             workers=workers,
             order_key=_peer_of,
-            on_error=self._handler_failed,
+            on_error=self._exchange.failed_with,
             after_slice=self._after_slice,
             max_handling=max_handling,
             watchdog=watchdog,
@@ -146,7 +143,6 @@ class StageServer(Generic[M]):
         self._draining = False
         self._closed: Counter[CloseReason] = Counter()
         self._accepted = self._refused_connections = 0
-        self._discarded = self._refused = self._failed = self._undeliverable = 0
 
     @property
     def peers(self) -> tuple[Peer[M], ...]:
@@ -161,10 +157,10 @@ class StageServer(Generic[M]):
             refused_connections=self._refused_connections,
             accept_errors=self._acceptor.errors,
             closed=dict(self._closed),
-            discarded=self._discarded,
-            refused=self._refused,
-            failed=self._failed,
-            undeliverable=self._undeliverable,
+            discarded=self._exchange.discarded,
+            refused=self._exchange.refused,
+            failed=self._exchange.failed,
+            undeliverable=self._exchange.undeliverable,
             stage=self._stage.statistics(),
         )
 
@@ -271,86 +267,14 @@ class StageServer(Generic[M]):
         finally:
             peer.start()
 
-    # Serving.
-
-    async def _serve_bytes(self, item: tuple[Peer[Any], bytes]) -> None:
-        peer, frame = item
-        if peer.closed:
-            self._discarded += 1
-            return
-        reply = await self._handler(peer, cast("M", frame))
-        if reply is None:
-            peer.done()
-        elif not peer.reply(self._encode(cast("bytes", reply))):
-            self._undeliverable += 1
-
-    async def _serve_message(self, codec: Codec[M], item: tuple[Peer[M], bytes]) -> None:
-        peer, frame = item
-        if peer.closed:
-            self._discarded += 1
-            return
-        try:
-            message, id = codec.decode(frame)
-        except ProtocolError as error:
-            peer.end(CloseReason.PROTOCOL, error.reason)
-            return
-        reply: Any = await self._handler(peer, message)
-        if reply is None:
-            if id is None:
-                peer.done()
-                return
-            reply = Done()
-        if not peer.reply(self._encode(codec.encode(reply, id))):
-            self._undeliverable += 1
+    # Slices and output.
 
     def _handle_on_lane(self, peer: Peer[M], message: M) -> Coroutine[Any, Any, M | None]:
         """Tell the watchdog whose frames may be stopped, the handler's and not the server's around it; then call."""
         lane = self._stage.lane
         assert lane is not None
-        lane.handler = self._watched if self._handler_of is None else self._handler_of(message)
-        return self._watched(peer, message)
-
-    def _reply(self, peer: Peer[M], frame: bytes) -> None:
-        if peer.closed:
-            self._undeliverable += 1
-        else:
-            peer.put(frame)
-
-    def _handler_failed(self, item: tuple[Peer[M], bytes], error: Exception) -> None:
-        peer, frame = item
-        if isinstance(error, Overloaded):
-            self._refuse_message(peer, frame, error)
-        else:
-            self._failed += 1
-            if self._on_error is None:
-                raise error
-            self._on_error(peer, error)
-            told = isinstance(error, trio.TooSlowError | BudgetExceeded)
-            words = str(error) if told else "the handler failed"
-            if self._codec is None:
-                peer.end(CloseReason.FAILED, words)
-            else:
-                self._answer(peer, frame, Failed(words))
-        peer.done()
-
-    def _refuse_message(self, peer: Peer[M], frame: bytes, overloaded: Overloaded) -> None:
-        self._refused += 1
-        if self._codec is not None:
-            self._answer(peer, frame, Refused(overloaded.reason, overloaded.retry_after))
-        elif self._on_refused is not None:
-            words = self._on_refused(peer, overloaded)
-            if words is not None:
-                self._reply(peer, self._encode(words))
-
-    def _answer(self, peer: Peer[M], frame: bytes, answer: Refused | Failed) -> None:
-        """Reply to a message that was not handled, under its id."""
-        assert self._codec is not None
-        try:
-            _message, id = self._codec.decode(frame)
-        except ProtocolError as error:
-            peer.end(CloseReason.PROTOCOL, error.reason)
-        else:
-            self._reply(peer, self._encode(self._codec.encode(answer, id)))
+        lane.handler = self._handler if self._handler_of is None else self._handler_of(message)
+        return self._handler(peer, message)
 
     def _after_slice(self) -> None:
         self._flush()
@@ -389,7 +313,7 @@ class StageServer(Generic[M]):
             try:
                 peer.channel.send_nowait((peer, frame))
             except Overloaded as overloaded:
-                self._refuse_message(peer, frame, overloaded)
+                self._exchange.refuse(peer, frame, overloaded)
             else:
                 return queued + 1, refused
         return queued, len(frames) - queued
@@ -407,14 +331,10 @@ class StageServer(Generic[M]):
         self._reaper.at(when, check)
 
     def frame_of(self, message: M) -> bytes:
-        if self._codec is None:
-            return self._encode(cast("bytes", message))
-        return self._encode(self._codec.encode(message))
+        return self._exchange.frame_of(message)
 
     def farewell(self, words: str) -> bytes | None:
-        if self._codec is None:
-            return None
-        return self._encode(self._codec.encode(Closed(words)))
+        return self._exchange.farewell(words)
 
     def move(self, peer: Peer[Any], flow: Hashable) -> None:
         if peer.channel is not None:
@@ -428,7 +348,7 @@ class StageServer(Generic[M]):
         self._closed[reason] += 1
         self._in_want_of_room.pop(peer, None)
         if peer.flow is peer:  # a flow shared with other connections keeps its queue; the worker drops this peer's
-            self._discarded += len(self._queue.discard(peer))
+            self._exchange.discarded += len(self._queue.discard(peer))
         peer.channel.close()
         if self._cancel_on_disconnect:
             self._stage.cancel(peer)
@@ -442,7 +362,7 @@ class StageServer(Generic[M]):
             self._emptied.set()
 
 
-def _peer_of(item: tuple[Peer[Any], bytes]) -> Peer[Any]:
+def _peer_of(item: Item) -> Peer[Any]:
     return item[0]
 
 

@@ -33,9 +33,7 @@ Source: Welsh, Culler, Brewer: SEDA (SOSP 2001); Schmidt et al.: Leader/Follower
 
 from __future__ import annotations
 
-import types
-from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Hashable
+from collections.abc import Callable, Coroutine, Hashable
 from functools import partial
 from math import inf
 from time import perf_counter
@@ -51,9 +49,9 @@ from stagetrio.runs import Run
 from stagetrio.stall import name_of
 from stagetrio.ticket import TicketStage
 from stagetrio.watchdog import BudgetExceeded, Watchdog
+from stagetrio.worker import Handling, Worker, resume
 
 T = TypeVar("T")
-_Handling = Coroutine[Any, Any, object]
 
 SLICE = 0.001  # seconds the leader serves before everyone else gets a turn
 BATCH = 64  # messages taken from the queue at once
@@ -84,25 +82,6 @@ class StageStatistics:
     parked: int
     workers: int
     queue: Any
-
-
-class _Worker(Generic[T]):
-    """A worker task, and, while its handler is occupied, the key in hand and what waits behind it."""
-
-    __slots__ = ("cancelled", "held", "item", "key", "lane", "occupied", "parked", "run", "scope", "spent", "task")
-
-    def __init__(self, task: Task, lane: Lane | None) -> None:
-        self.task = task
-        self.lane = lane
-        self.scope = trio.CancelScope()
-        self.occupied = False
-        self.cancelled = False  # by `Stage.cancel`, not by its deadline
-        self.item: T  # in hand
-        self.run: Run[Any, T]  # the item in hand as a run of its own, to be settled
-        self.spent = 0.0  # seconds the item in hand has held the loop
-        self.key: Hashable = None
-        self.parked: deque[Run[Any, T]] = deque()  # at most MAX_PARKED and what was left of a batch
-        self.held: list[Hashable] = []  # flows held in the queue because they bring more of this key
 
 
 class Stage(Generic[T]):
@@ -165,9 +144,9 @@ class Stage(Generic[T]):
         self._nursery: trio.Nursery | None = None
         self._workers = 0
         self._idle: dict[Task, None] = {}  # followers, the most recently parked last
-        self._leader: _Worker[T] | None = None
+        self._leader: Worker[T] | None = None
         self._batch: list[Run[Any, T]] = []  # taken and not yet begun, the next one last
-        self._in_hand: dict[Hashable, _Worker[T]] = {}
+        self._in_hand: dict[Hashable, Worker[T]] = {}
         self._occupied = 0
         self._handled = self._failed = self._overdue = self._cancelled = 0
         self._ended = False
@@ -224,7 +203,7 @@ class Stage(Generic[T]):
             await lane.run(self._work_on, lane)
 
     async def _work_on(self, lane: Lane | None) -> None:
-        worker: _Worker[T] = _Worker(current_task(), lane)
+        worker: Worker[T] = Worker(current_task(), lane)
         if lane is not None:
             lane.on_preempt = partial(self._preempted, worker)
         while worker.occupied or not self._ended:
@@ -242,7 +221,7 @@ class Stage(Generic[T]):
                 self._settle_cancelled(worker)
         self._workers -= 1
 
-    async def _follow(self, worker: _Worker[T]) -> None:
+    async def _follow(self, worker: Worker[T]) -> None:
         self._idle[worker.task] = None
 
         def abort(_: RaiseCancelT) -> Abort:
@@ -267,7 +246,7 @@ class Stage(Generic[T]):
             reschedule(task)
         self._idle.clear()
 
-    async def _lead(self, worker: _Worker[T]) -> None:
+    async def _lead(self, worker: Worker[T]) -> None:
         """Take and serve until this worker has handed over or the queue has ended."""
         self._leader = worker
         try:
@@ -295,7 +274,7 @@ class Stage(Generic[T]):
             self._after_slice()
             return [await self._queue.receive_run(self._quantum)]
 
-    async def _serve_slice(self, worker: _Worker[T]) -> bool:
+    async def _serve_slice(self, worker: Worker[T]) -> bool:
         """Serve the batch, and more from the queue while the slice lasts, or until a handler has waited.
 
         Returns whether the queue was found empty.
@@ -362,17 +341,17 @@ class Stage(Generic[T]):
             self._queue.put_back(run)
         self._batch.clear()
 
-    def _begin(self, worker: _Worker[T], lane: Lane, run: Run[Any, T], item: T) -> None:
+    def _begin(self, worker: Worker[T], lane: Lane, run: Run[Any, T], item: T) -> None:
         worker.run, worker.item = run, item
         self.lane = lane
         lane.begin(self._handler, run.flow, self._budget)
 
-    def _preempted(self, worker: _Worker[T]) -> None:
+    def _preempted(self, worker: Worker[T]) -> None:
         """The worker's handler waits for its turn to hold the loop."""
         if not worker.occupied:
             self._occupy(worker, worker.run, worker.item)
 
-    def _start(self, run: Run[Any, T], item: T) -> _Handling:
+    def _start(self, run: Run[Any, T], item: T) -> Handling:
         if self._ticket is None:
             return self._handler(item)
         return self._handle_with_ticket(self._ticket, run.flow, item)
@@ -395,7 +374,7 @@ class Stage(Generic[T]):
             worker.held.append(run.flow)
         return True
 
-    def _occupy(self, worker: _Worker[T], run: Run[Any, T], item: T) -> None:
+    def _occupy(self, worker: Worker[T], run: Run[Any, T], item: T) -> None:
         """Leave the worker to its handler, which waits, and to what will be parked behind it; another one leads."""
         worker.key = self._key_of(run, item)
         self._in_hand[worker.key] = worker
@@ -403,7 +382,7 @@ class Stage(Generic[T]):
         self._occupied += 1
         self._hand_over()
 
-    async def _serve_parked(self, worker: _Worker[T]) -> None:
+    async def _serve_parked(self, worker: Worker[T]) -> None:
         """Serve what waits behind the key in hand and let go of the key, unless the worker's scope is spent first."""
         while worker.parked:
             if worker.scope.cancel_called:
@@ -423,14 +402,14 @@ class Stage(Generic[T]):
         self._occupied -= 1
 
     async def _finish(
-        self, worker: _Worker[T], run: Run[Any, T], coroutine: _Handling, trap: object, spent: float
+        self, worker: Worker[T], run: Run[Any, T], coroutine: Handling, trap: object, spent: float
     ) -> None:
         """Bring a handler to its end; ``run`` is its item alone."""
         worker.run, worker.spent = run, spent
         if self._max_handling != inf:
             worker.scope.deadline = trio.current_time() + self._max_handling
         try:
-            await _resume(worker, coroutine, trap)
+            await resume(worker, coroutine, trap)
         except Exception as error:
             self._fail(worker.item, error)
         else:
@@ -438,11 +417,11 @@ class Stage(Generic[T]):
         worker.scope.deadline = inf
         self._settle(worker)
 
-    def _settle(self, worker: _Worker[T]) -> None:
+    def _settle(self, worker: Worker[T]) -> None:
         spent = worker.spent if worker.lane is None else worker.lane.end()
         worker.run.settle(1, spent if self._cost is None else self._cost(worker.item))
 
-    def _settle_cancelled(self, worker: _Worker[T]) -> None:
+    def _settle_cancelled(self, worker: Worker[T]) -> None:
         """Book a handler that was cancelled alone."""
         lane = worker.lane
         handler = self._handler if lane is None or lane.handler is None else lane.handler
@@ -465,24 +444,3 @@ class Stage(Generic[T]):
         if self._on_error is None:
             raise error
         self._on_error(item, error)
-
-
-@types.coroutine
-def _resume(worker: _Worker[Any], coroutine: _Handling, trap: object) -> Generator[Any, Any, None]:
-    """Run a handler to its end from its first wait, or from its start where trap is None, and meter its steps."""
-    error: BaseException | None = None
-    value: object = None
-    while True:
-        if trap is not None:
-            error = None
-            try:
-                value = yield trap
-            except BaseException as raised:  # goes on into the handler, whose affair it is
-                error = raised
-        begun = perf_counter()
-        try:
-            trap = coroutine.send(value) if error is None else coroutine.throw(error)
-        except StopIteration:
-            return
-        finally:
-            worker.spent += perf_counter() - begun

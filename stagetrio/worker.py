@@ -1,0 +1,58 @@
+"""A worker of a stage: the task, the handler it has in hand, and what waits behind that."""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Coroutine, Generator, Hashable
+from time import perf_counter
+from typing import Any, Generic, TypeVar
+
+import trio
+from trio.lowlevel import Task
+
+from stagetrio.lane import Lane
+from stagetrio.runs import Run
+
+T = TypeVar("T")
+Handling = Coroutine[Any, Any, object]
+
+
+class Worker(Generic[T]):
+    """A worker task, and, while its handler is occupied, the key in hand and what waits behind it."""
+
+    __slots__ = ("cancelled", "held", "item", "key", "lane", "occupied", "parked", "run", "scope", "spent", "task")
+
+    def __init__(self, task: Task, lane: Lane | None) -> None:
+        self.task = task
+        self.lane = lane
+        self.scope = trio.CancelScope()
+        self.occupied = False
+        self.cancelled = False  # by `Stage.cancel`, not by its deadline
+        self.item: T  # in hand
+        self.run: Run[Any, T]  # the item in hand as a run of its own, to be settled
+        self.spent = 0.0  # seconds the item in hand has held the loop
+        self.key: Hashable = None
+        self.parked: deque[Run[Any, T]] = deque()  # at most MAX_PARKED and what was left of a batch
+        self.held: list[Hashable] = []  # flows held in the queue because they bring more of this key
+
+
+@types.coroutine
+def resume(worker: Worker[Any], coroutine: Handling, trap: object) -> Generator[Any, Any, None]:
+    """Run a handler to its end from its first wait, or from its start where trap is None, and meter its steps."""
+    error: BaseException | None = None
+    value: object = None
+    while True:
+        if trap is not None:
+            error = None
+            try:
+                value = yield trap
+            except BaseException as raised:  # goes on into the handler, whose affair it is
+                error = raised
+        begun = perf_counter()
+        try:
+            trap = coroutine.send(value) if error is None else coroutine.throw(error)
+        except StopIteration:
+            return
+        finally:
+            worker.spent += perf_counter() - begun
