@@ -36,6 +36,8 @@ CODEC: Codec[Any] = Codec([Hold, Held])
 RUN = [sys.executable, "-m", "stagetrio", "run"]
 
 SCRIPT = '''
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 
@@ -46,6 +48,7 @@ from stagetrio.app import App
 
 app = App("holder")
 alias = app
+Name = str
 release = trio.Event()
 login = app.ticket("login", 3)
 
@@ -57,7 +60,7 @@ class Hold:
 
 @attrs.frozen
 class Held:
-    by: str
+    by: Name
 
 
 @app.on(Hold, ticket=login)

@@ -118,6 +118,13 @@ def test_a_percentile_is_within_one_percent() -> None:
         assert measure.percentile(latencies, share) == pytest.approx(exact, rel=0.0101)
 
 
+def test_the_median_of_two_is_the_lower() -> None:
+    """A percentile is a latency that was measured, not one between two."""
+    latencies = Counter(map(measure.bucket_of, (1.0, 2.0)))
+    assert measure.percentile(latencies, 0.5) == pytest.approx(1.0, rel=0.0101)
+    assert measure.percentile(latencies, 0.51) == pytest.approx(2.0, rel=0.0101)
+
+
 def test_there_is_no_percentile_of_nothing() -> None:
     """Where nothing was served, no latency is made up."""
     assert measure.percentile(Counter(), 0.5) is None
@@ -262,6 +269,12 @@ def test_closer_than_five_percent_is_even(
 ) -> None:
     """A difference that the noise of a machine makes is not called a win, and a missing value is not judged."""
     assert Row("x", "seconds", better, control, staged).verdict == verdict  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("staged", "verdict"), [(0.996, "even"), (0.994, "worse")])
+def test_shares_closer_than_half_a_point_are_even(staged: float, verdict: str) -> None:
+    """Shares are near 1, where 5 % would hide a hundred lost messages in two thousand."""
+    assert Row("x", "share", "higher", 1.0, staged).verdict == verdict
 
 
 def test_the_summary_names_every_lost_row() -> None:
