@@ -36,18 +36,17 @@ import sys
 import threading
 from collections.abc import Callable
 from time import perf_counter
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
 import greenlet
 from trio.lowlevel import enable_ki_protection
 
+from stagetrio.events import Events, free_tool
+
 SIGALRM: int = getattr(signal, "SIGALRM", 0)
 SIGURG: int = getattr(signal, "SIGURG", 0)  # ignored by default: one that comes late does no harm
 LOOKS_PER_QUANTUM = 4
-MACHINERY = {
-    f"stagetrio.{name}" for name in ("alarm", "lane", "preempt", "watchdog")
-}  # on handlers' stacks, not theirs
 RETRY_SECONDS = 1e-4  # after which a switch that was put off is tried again; then twice that, up to a quantum
 
 
@@ -55,12 +54,13 @@ class Interruptible(Protocol):
     """A handler in hand: `stagetrio.lane.Lane`."""
 
     stack: Any
-    put_off: int
+    put_off: int  # attempts to stop it in this slice
+    in_c_code: bool  # whether the last one failed only because C code may be under way in the interrupted frame
 
     def end_of_slice(self) -> float:
         """When it is to be interrupted."""
 
-    def may_stop(self, frame: FrameType | None, *, at_a_seam: bool) -> bool:
+    def may_stop(self, frame: FrameType, *, at_a_seam: bool) -> bool:
         """Whether it may be stopped in ``frame``; ``at_a_seam``: certainly not inside of C code."""
 
 
@@ -85,6 +85,7 @@ class Interruptions(Generic[L]):
         self.quantum = quantum
         self.active: L | None = None
         self.forced = self.put_off = 0
+        self._judging = False
 
     def overdue(self) -> bool:
         """Whether a handler holds the loop that should be interrupted now. For any thread."""
@@ -104,23 +105,29 @@ class Interruptions(Generic[L]):
             at_a_seam: It is known that no C code is under way in the frame.
         """
         lane = self.active
-        if lane is None:
+        if lane is None or self._judging or frame is None:
             return
         now = self.alarm.clock()
         end = lane.end_of_slice()
         if now < end:
             self.alarm.arm(end, now)
-        elif frame is not None and lane.may_stop(frame, at_a_seam=at_a_seam):
+            return
+        self._judging = True  # until this is decided, another ring has nothing to add
+        stops = lane.may_stop(frame, at_a_seam=at_a_seam)
+        self._judging = False
+        if stops:
             self.forced += 1
             try:
                 self.alarm.enter(lane.stack.stop)
             except BaseException as error:
                 if not self.alarm.raise_later(frame, error):
                     raise
-        else:
-            self.put_off += 1
-            lane.put_off += 1
-            self.alarm.arm(now + min(RETRY_SECONDS * 2.0 ** min(lane.put_off, 32), self.quantum), now)
+            return
+        self.put_off += 1
+        lane.put_off += 1
+        if lane.in_c_code:
+            self.alarm.ring_after_call(frame)
+        self.alarm.arm(now + min(RETRY_SECONDS * 2.0 ** min(lane.put_off, 32), self.quantum), now)
 
 
 class Alarm:
@@ -155,78 +162,8 @@ class Alarm:
         """Whether ``error`` will be raised in ``frame`` a moment later, because here it would be misplaced."""
         return False
 
-
-class _Events:
-    """A tool of ``sys.monitoring``.
-
-    Switched on, it calls back at every place where the interpreter would look for signals. And it can raise an
-    exception in a frame at its next instruction: an exception raised where a loop goes round is taken to come from the
-    instruction before the loop, and misses the ``except`` and ``finally`` of a block that begins with it.
-
-    Args:
-        callback: Called with the frame at each event in the thread that made this.
-
-    Raises:
-        RuntimeError: No tool id is free.
-    """
-
-    def __init__(self, callback: Callable[[FrameType], object] | None = None) -> None:
-        self._monitoring: Any = vars(sys)["monitoring"]  # not known to a type checker that checks for 3.11
-        self._callback = callback
-        self._thread = threading.get_ident()
-        self._pending: tuple[FrameType, BaseException] | None = None
-        tool = free_tool()
-        if tool is None:
-            raise RuntimeError("no tool id of sys.monitoring is free")
-        self._tool = tool
-        events = self._monitoring.events
-        self._set = events.PY_START | events.PY_RESUME | events.JUMP | events.CALL  # CALL brings C_RETURN
-        self._monitoring.use_tool_id(tool, "stagetrio")
-        self._monitoring.register_callback(tool, events.INSTRUCTION, self._raise)
-        self._monitoring.register_callback(tool, events.JUMP, self._handle_jump)
-        for event in (events.PY_START, events.PY_RESUME, events.C_RETURN):
-            self._monitoring.register_callback(tool, event, self._handle)
-
-    def _handle(self, code: CodeType, *_: object) -> None:
-        frame = sys._getframe(1)
-        if threading.get_ident() == self._thread and frame.f_globals.get("__name__") not in MACHINERY:
-            assert self._callback is not None
-            self._callback(frame)
-
-    def _handle_jump(self, code: CodeType, *_: object) -> None:
-        frame = sys._getframe(1)
-        if threading.get_ident() == self._thread and frame.f_globals.get("__name__") not in MACHINERY:
-            assert self._callback is not None
-            try:
-                self._callback(frame)
-            except BaseException as error:
-                self.raise_later(frame, error)
-
-    def switch_on(self) -> None:
-        self._monitoring.set_events(self._tool, self._set)
-
-    def switch_off(self) -> None:
-        self._monitoring.set_events(self._tool, 0)
-
-    def raise_later(self, frame: FrameType, error: BaseException) -> None:
-        self._pending = (frame, error)
-        self._monitoring.set_local_events(self._tool, frame.f_code, self._monitoring.events.INSTRUCTION)
-
-    def _raise(self, code: CodeType, offset: int) -> None:
-        if self._pending is not None and sys._getframe(1) is self._pending[0]:
-            error, self._pending = self._pending[1], None
-            self._monitoring.set_local_events(self._tool, code, 0)
-            raise error
-
-    def close(self) -> None:
-        self.switch_off()
-        self._monitoring.free_tool_id(self._tool)
-
-
-def free_tool() -> int | None:
-    """Return a tool id of ``sys.monitoring`` that has no user and no well-known purpose; None without one."""
-    monitoring: Any = getattr(sys, "monitoring", None)
-    return None if monitoring is None else next((tool for tool in (3, 4) if monitoring.get_tool(tool) is None), None)
+    def ring_after_call(self, frame: FrameType) -> None:
+        """Ring, if that can be had, as soon as ``frame`` has no C code under way."""
 
 
 class _SignalAlarm(Alarm):
@@ -238,7 +175,7 @@ class _SignalAlarm(Alarm):
 
     def open(self, loop: Interruptions[Any]) -> None:
         self._loop = loop
-        self._events = None if free_tool() is None else _Events()
+        self._events = None if free_tool() is None else Events(self._handle_event)
         self._before = signal.signal(self._signum, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
@@ -249,6 +186,18 @@ class _SignalAlarm(Alarm):
             return False
         self._events.raise_later(frame, error)
         return True
+
+    def ring_after_call(self, frame: FrameType) -> None:
+        if self._events is not None:
+            self._events.switch_on_in(frame)
+
+    def _handle_event(self, frame: FrameType) -> None:
+        assert self._events is not None
+        self._events.switch_off_in(frame)
+        self._loop.ring(frame, at_a_seam=True)
+
+    def enter(self, function: Callable[[], None]) -> None:
+        sys.call_tracing(function, ())
 
     def close(self) -> None:
         signal.signal(self._signum, self._before)
@@ -319,7 +268,7 @@ class ThreadAlarm(_SignalAlarm):
 class _EventsAlarm(Alarm):
     """What rings by events."""
 
-    _events: _Events
+    _events: Events
 
     def enter(self, function: Callable[[], None]) -> None:
         sys.call_tracing(function, ())
@@ -335,7 +284,7 @@ class EventAlarm(_EventsAlarm):
 
     def open(self, loop: Interruptions[Any]) -> None:
         self._loop = loop
-        self._events = _Events(self._handle)
+        self._events = Events(self._handle)
         self._thread = _Thread(loop, self._events.switch_on)
 
     def _handle(self, frame: FrameType) -> None:
@@ -383,7 +332,7 @@ class StepClock(_EventsAlarm):
 
     def open(self, loop: Interruptions[Any]) -> None:
         self._loop = loop
-        self._events = _Events(self._handle)
+        self._events = Events(self._handle)
         self._events.switch_on()
 
     def _handle(self, frame: FrameType) -> None:

@@ -22,8 +22,8 @@ two readings of the clock.
 **Cancellation at a forced checkpoint** is withheld while the handler is cleaning up (in a ``finally`` or ``except``
 block), so that what it has begun there it ends, for up to ``cleanup`` seconds of holding the loop.
 
-**Nesting.** A handler that awaits ``watchdog.run`` has its own slice suspended while the inner handler has the loop;
-the inner driver runs on the outer stack, and what it yields passes through the outer one's driver.
+**Nesting.** A handler that awaits ``watchdog.run`` is paused while the inner handler has the loop; the inner driver
+runs on the outer stack, and what it yields passes through the outer one's driver.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from stagetrio.alarm import Alarm, Interruptions
 from stagetrio.passes import Passes
 from stagetrio.preempt import FINISHED, FORCED, Stack, Thrown
 from stagetrio.stall import LateHandlers
-from stagetrio.stopping import denied_by, frames_up_to, in_cleanup, own_code
+from stagetrio.stopping import denied_by, frames_up_to, in_cleanup, is_at_a_seam, own_code
 from stagetrio.turns import Turns
 
 T = TypeVar("T")
@@ -136,7 +136,8 @@ class Lane:
         self._cleaning = False  # whether it was stopped in cleanup
         self._withheld = 0.0  # seconds for which cleanup has held the loop although cancelled
         self.put_off = 0  # attempts to stop it in this slice
-        self._denied = ""  # where the last of them was made
+        self.in_c_code = False  # whether the last of them failed only because C code may have been under way
+        self._denied = ""  # or else where it was made
         self.exceeded = False
         self.scope: trio.CancelScope | None = None
         self.on_preempt: Callable[[], object] | None = None
@@ -195,10 +196,9 @@ class Lane:
             self._alarm.arm(end, now)
 
     def _wait_to_begin(self, left: float) -> float:
-        turns = self._turns
-        if left <= 0 or turns.owes(self.account()):
+        if left <= 0 or self._turns.owes(self.account()):
             self.stack.stop()
-        return max(turns.quantum - turns.used, self._slack)
+        return max(self._turns.quantum - self._turns.used, self._slack)
 
     @enable_ki_protection
     def lap(self) -> float:
@@ -226,9 +226,8 @@ class Lane:
         if self.since >= self.end_at:
             handler = self.handler
             assert handler is not None
-            flow, budget = self.flow, self.budget
             self.end()
-            self.begin(handler, flow, budget)
+            self.begin(handler, self.flow, self.budget)
 
     @enable_ki_protection
     def end(self) -> float:
@@ -258,8 +257,9 @@ class Lane:
             return self.end_at
         return min(self.end_at, self.since + self.budget - self._before)
 
-    def may_stop(self, frame: FrameType | None, *, at_a_seam: bool) -> bool:
+    def may_stop(self, frame: FrameType, *, at_a_seam: bool) -> bool:
         """Whether the handler in hand may be stopped in ``frame``; remembers whether it is in cleanup there."""
+        self.in_c_code = False
         if greenlet.getcurrent() is not self.stack:
             return False
         if self.stack.masked:
@@ -267,9 +267,10 @@ class Lane:
             self.stack.on_unmasked = self._unmasked
             return False
         frames = frames_up_to(frame, own_code(self.handler, self.coroutine))
-        self._denied = denied_by(frames, self._loop.preemptible, at_a_seam=at_a_seam)
+        self._denied = denied_by(frames, self._loop.preemptible)
+        self.in_c_code = not self._denied and not at_a_seam and not is_at_a_seam(frame)
         self._cleaning = in_cleanup(frames)
-        return not self._denied
+        return not self._denied and not self.in_c_code
 
     def _unmasked(self, frame: FrameType) -> None:
         if self._loop.active is self:
@@ -347,8 +348,7 @@ class Lane:
                 self.settle()
 
     async def _wait_to_run(self) -> None:
-        turns = self._turns
-        if turns.used >= turns.quantum or turns.owes(self.account()):
+        if self._turns.used >= self._turns.quantum or self._turns.owes(self.account()):
             await self.wait_turn(begun=False, raises=True)
 
     @types.coroutine

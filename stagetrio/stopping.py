@@ -135,13 +135,12 @@ def frames_up_to(frame: FrameType | None, code: CodeType | None) -> list[FrameTy
     return frames[:end]
 
 
-def denied_by(frames: list[FrameType], preemptible: tuple[str, ...], *, at_a_seam: bool) -> str:
-    """Return the name of what a handler must not be stopped in; empty where it may be stopped.
+def denied_by(frames: list[FrameType], preemptible: tuple[str, ...]) -> str:
+    """Return the name of what a handler must not be stopped in; empty where it may be stopped at a seam.
 
     Args:
         frames: From the interrupted one to the handler's own.
         preemptible: Names of modules and packages that are allowed besides the handler's own.
-        at_a_seam: It is known that the interrupted frame has no C code under way.
     """
     if not frames:
         return "code that is not the handler's"
@@ -152,8 +151,6 @@ def denied_by(frames: list[FrameType], preemptible: tuple[str, ...], *, at_a_sea
             frame.f_globals is module or any(name == one or name.startswith(one + ".") for one in preemptible)
         ):
             return f"{name}.{frame.f_code.co_qualname}"
-    if not at_a_seam and not _is_at_a_seam(frames[0]):
-        return f"C code called by {frames[0].f_code.co_qualname}"
     for callee, caller in pairwise(frames):
         if not _calls_directly(caller, callee.f_code):
             return f"C code between {caller.f_code.co_qualname} and {callee.f_code.co_qualname}"
@@ -167,7 +164,8 @@ def _operation(frame: FrameType) -> str:
     return dis.opname[frame.f_code.co_code[frame.f_lasti]] if frame.f_lasti >= 0 else "RESUME"
 
 
-def _is_at_a_seam(frame: FrameType) -> bool:
+def is_at_a_seam(frame: FrameType) -> bool:
+    """Whether an interrupted frame has no C code under way, or only such as may be left."""
     operation = _operation(frame)
     if operation not in CALLS:
         return operation in SEAMS or operation in OPERATORS

@@ -68,9 +68,7 @@ async def test_a_handler_returns_and_raises_as_if_awaited(watchdog: Watchdog) ->
     assert await watchdog.run(fail, 3) == 3
 
 
-async def test_awaits_inside_a_handler_reach_trio(
-    watchdog: Watchdog, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_awaits_inside_a_handler_reach_trio(watchdog: Watchdog, autojump_clock: trio.testing.MockClock) -> None:
     """Sleeps, events, nurseries and deadlines inside of a handler work as anywhere."""
 
     async def handler() -> float:
@@ -124,9 +122,7 @@ async def test_a_handler_past_its_budget_is_cancelled(watchdog: Watchdog) -> Non
     assert watchdog.statistics().budgets_exceeded == 1
 
 
-async def test_a_budget_is_not_touched_by_waiting(
-    watchdog: Watchdog, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_a_budget_is_not_touched_by_waiting(watchdog: Watchdog, autojump_clock: trio.testing.MockClock) -> None:
     """Only time for which the loop was held counts: an hour of sleep is free."""
 
     async def handler() -> str:
