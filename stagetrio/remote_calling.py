@@ -110,12 +110,14 @@ class CallingConnection:
 
         Checkpoints: always. A cancellation while it waits for its place means it did not happen; after that it may.
         """
-        await trio.lowlevel.checkpoint_if_cancelled()
+        deadline = trio.current_effective_deadline()
+        if deadline == -math.inf:
+            await trio.lowlevel.checkpoint()  # which raises Cancelled: a call is a checkpoint by waiting for its answer
         if self._places >= self.max_in_flight or self._output.full or self.lost is not None:
             await self._wait_for_place()
         else:
             self._places += 1
-        id = self._say(_CALL, name, None, arguments, keywords, trio.lowlevel.current_task())
+        id = self._say(_CALL, name, None, arguments, keywords, trio.lowlevel.current_task(), deadline)
 
         def abort(_: object) -> trio.lowlevel.Abort:
             self._pending[id] = _ABANDONED  # at once: the answer may come before this task has run
@@ -142,7 +144,7 @@ class CallingConnection:
         """
         await trio.lowlevel.checkpoint()
         await self._wait_for_place()
-        self._say(_POST, name, None, arguments, keywords, _POSTED)
+        self._say(_POST, name, None, arguments, keywords, _POSTED, math.inf)
 
     async def open(self, name: str, arguments: Sequence[Any], keywords: Mapping[str, Any], window: int) -> Values:
         """Have a procedure run over there that yields; the caller owes it to `abandon` what it opened.
@@ -157,7 +159,7 @@ class CallingConnection:
         await trio.lowlevel.checkpoint()
         await self._wait_for_place()
         values = Values(window, self._grant)
-        values.id = self._say(_OPEN, name, window, arguments, keywords, values)
+        values.id = self._say(_OPEN, name, window, arguments, keywords, values, trio.current_effective_deadline())
         return values
 
     async def _wait_for_place(self) -> None:
@@ -193,9 +195,9 @@ class CallingConnection:
         arguments: Sequence[Any],
         keywords: Mapping[str, Any],
         waiter: trio.lowlevel.Task | Values | str,
+        deadline: float,
     ) -> int:
         """Write a request into the place that the caller holds; return its id."""
-        deadline = math.inf if kind == _POST else trio.current_effective_deadline()
         remaining = None if deadline == math.inf else max(0.0, deadline - trio.current_time())
         self._last_id = id = self._last_id + 1
         body = (arguments, keywords) if keywords else (arguments,)
@@ -285,19 +287,23 @@ class CallingConnection:
 
     def _take(self, message: Any) -> None:
         kind = type(message)
-        if kind is wire.Bye:
+        if kind is wire.Result or kind is wire.Raised or kind is wire.Refusal:
+            self._answer(message, kind is wire.Result)
+        elif kind is wire.Bye:
             raise _Farewell(message.reason)
-        if kind is wire.Welcome:
+        elif kind is wire.Welcome:
             raise ProtocolError("welcome was said before")
-        if kind is wire.Item:
+        else:
             waiter = self._pending.get(message.id)
             if isinstance(waiter, Values):
                 waiter.add(message.value)
-                return
-            if waiter is not _ABANDONED:
+            elif waiter is _ABANDONED:
+                self._tally.late += 1
+            else:
                 raise ProtocolError(f"a value for id {message.id}, which is not a stream")
-            self._tally.late += 1
-            return
+
+    def _answer(self, message: Any, good: bool) -> None:
+        """Give an answer to whoever waits for it, and its place to the next."""
         waiter = self._pending.pop(message.id, None)
         if waiter is None:
             raise ProtocolError(f"an answer to id {message.id}, which is not outstanding")
@@ -305,9 +311,9 @@ class CallingConnection:
         if isinstance(waiter, trio.lowlevel.Task):
             trio.lowlevel.reschedule(waiter, outcome.Value(message))
         elif isinstance(waiter, Values):
-            waiter.end(None if kind is wire.Result else _error_of(message))
+            waiter.end(None if good else _error_of(message))
         elif waiter is _POSTED:
-            self._tally.posts_failed += kind is not wire.Result
+            self._tally.posts_failed += not good
         else:
             self._tally.late += 1
 
