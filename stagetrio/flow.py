@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
@@ -80,7 +80,7 @@ class Flow(Generic[F, T]):
             self.rest = deque()
         self.rest.append(item)
 
-    def extend(self, items: list[T]) -> None:
+    def extend(self, items: Iterable[T]) -> None:
         """Add items of cost 1.0 behind the first, where there are none of another cost."""
         if self.rest is None:
             self.rest = deque(items)
