@@ -291,7 +291,8 @@ class StepTimes(trio.abc.Instrument):
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         """Called by Trio."""
-        self._counts[bisect_left(self._bounds, perf_counter() - self._started)] += 1
+        if self._started:  # not the step in which this was installed
+            self._counts[bisect_left(self._bounds, perf_counter() - self._started)] += 1
 
     def table(self) -> tuple[tuple[float, int], ...]:
         """Return ``(bound, steps up to it and above the one before)``, the last bound unbounded."""

@@ -66,7 +66,7 @@ class Turns(Generic[W]):
         self._tags: dict[Hashable, float] = {}
         self._virtual = 0.0
         self._sequence = 0
-        self._overdue_was_last = False
+        self._overdue_was_last = True
 
     def next_pass(self) -> list[W]:
         """Begin a pass; return the waiters to be let go in it."""
