@@ -37,8 +37,8 @@ class Waiter(Protocol):
     """None excludes nobody."""
     cost: int
     waits: bool
-    """The line sets it while the waiter stands in it. An owner clears it when the waiter has been told to give up and
-    will call `Line.remove` later; it is not served any more."""
+    """The line sets it while the waiter waits. An owner clears it when the waiter has been told to give up and will
+    call `Line.remove` later; it is not served any more."""
     number: int
     """Drawn on arrival, rising."""
     in_line: bool
@@ -200,24 +200,27 @@ class Line(Generic[W]):
         self._keys[key] = deque()
 
     def free_key(self, key: Hashable) -> None:
-        """Let the next waiter of `key` join the line."""
+        """Let the next waiter of `key` join the line, past those that have been told to give up."""
         behind = self._keys[key]
-        if behind:
+        while behind:
             waiter = behind.popleft()
-            waiter.has_key = waiter.in_line = waiter.waits = True
-            flow = self._flows.get(waiter.flow)
-            if flow is None or not flow.queue:
-                flow = self._arrive(waiter.flow)
-            flow.insert(waiter)
-            self.size += 1
-        else:
-            del self._keys[key]
+            if waiter.waits:
+                waiter.has_key = waiter.in_line = True
+                flow = self._flows.get(waiter.flow)
+                if flow is None or not flow.queue:
+                    flow = self._arrive(waiter.flow)
+                flow.insert(waiter)
+                self.size += 1
+                return
+            self.waiting -= 1
+        del self._keys[key]
 
     def _claim(self, waiter: W) -> bool:
         behind = self._keys.get(waiter.key)
         if behind is not None:
             behind.append(waiter)
-            waiter.in_line = waiter.waits = False
+            waiter.in_line = False
+            waiter.waits = True
             return False
         self._keys[waiter.key] = deque()
         waiter.has_key = True
