@@ -383,3 +383,28 @@ async def test_bounds_out_of_range_are_named(bounds: dict[str, Any]) -> None:
         await serve_remote_stream(Procedures(), trio.testing.memory_stream_pair()[0], **bounds)
     with pytest.raises(ValueError, match=f"{name} must be .*not {value!r}"):
         await serve_remote(Procedures(), [], **bounds)
+
+
+async def test_a_place_goes_to_one_caller_only(pair: Pair, autojump_clock: trio.testing.MockClock) -> None:
+    """With a hundred callers and three places, three are in hand at any time, and the worker never has to refuse."""
+    procedures = Procedures()
+    inside = most = 0
+
+    @procedures.procedure
+    async def nap() -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        await trio.sleep(1)
+        inside -= 1
+
+    async with serving(procedures, pair, max_in_flight=3) as remote:
+        start = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for _ in range(99):
+                nursery.start_soon(remote.call, nap)
+        assert trio.current_time() - start == 33
+        assert remote.statistics().in_flight == remote.statistics().waiting == 0
+    assert most == 3
+    assert procedures.statistics().refused == 0
+    assert procedures.statistics().returned == 99

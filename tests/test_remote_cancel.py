@@ -339,3 +339,15 @@ async def test_cancelling_the_server_cancels_what_is_in_hand(pair: Pair) -> None
     assert log.ended == ["cancelled"] * 6
     assert log.procedures.statistics().connections == 0
     assert log.procedures.statistics().running == 0
+
+
+async def test_a_deadline_that_has_just_passed_is_no_mistake(pair: Pair, mock_clock: trio.testing.MockClock) -> None:
+    """A caller that is late, but has not been cancelled yet, is cancelled; its connection goes on."""
+    log = Log()
+    async with serving(log.procedures, pair) as remote:
+        with trio.move_on_after(1) as scope:
+            mock_clock.jump(2)
+            await remote.call("wait", 5.0)
+        assert scope.cancelled_caught
+        assert await remote.call("echo", 1) == 1
+    assert log.began == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -16,7 +17,18 @@ import pytest
 import trio
 import trio.testing
 
-from stagetrio.remote import Procedures, Remote, RemoteError, WorkerLost, open_remote, serve_remote, serve_remote_stream
+from stagetrio import remote_wire as wire
+from stagetrio.framing import LengthPrefixed
+from stagetrio.remote import (
+    Procedures,
+    Remote,
+    RemoteError,
+    WorkerLost,
+    open_remote,
+    open_remote_stream,
+    serve_remote,
+    serve_remote_stream,
+)
 from stagetrio.sockets import open_listeners
 
 HERE = Path(__file__).parent
@@ -356,3 +368,38 @@ async def test_a_procedure_error_in_a_process_names_its_line(tmp_path: Path) -> 
         with pytest.raises(RemoteError, match="TypeError: double"):
             await remote.call("double", "x")
         assert await remote.call("begun") == 0
+
+
+async def test_posts_that_were_not_answered_are_counted_as_failed() -> None:
+    """When the connection is lost under them, nobody else would tell."""
+    ours, theirs = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        server = trio.CancelScope()
+
+        async def serve() -> None:
+            with server:
+                await serve_remote_stream(echoing(), ours)
+
+        nursery.start_soon(serve)
+        async with open_remote_stream(theirs) as remote:
+            for _ in range(3):
+                await remote.post("hang")
+            await settled()
+            server.cancel()
+            await settled()
+            assert remote.statistics().posts_failed == 3
+
+
+async def test_the_last_word_of_a_worker_is_heard_by_who_talks_on() -> None:
+    """A call that finds the connection closed for writing still learns why, since that had been said before."""
+    worker, caller = socket.socketpair()
+    framing = LengthPrefixed(2**20)
+    with worker:
+        worker.send(framing.encode(wire.encode((0, wire.VERSION, 10, 2**20))))
+        async with open_remote_stream(trio.SocketStream(trio.socket.from_stdlib_socket(caller))) as remote:
+            await settled()
+            worker.recv(1000)
+            worker.send(framing.encode(wire.encode((5, "closing for the night"))))
+            worker.close()
+            with pytest.raises(WorkerLost, match="closing for the night"):
+                await remote.call("echo", 1)
