@@ -79,25 +79,29 @@ async def _consume(queue: FairQueue[int, int], items: int) -> None:
 def bursts(flows: int) -> Callable[[], float]:
     """One producer that sends bursts through the channels of its flows in turn, one consumer of batches."""
 
-    async def program() -> None:
-        queue: FairQueue[int, int] = FairQueue(2 * BATCH)
-        sends = [queue.open_flow(n).send_nowait for n in range(flows)]
+    def run() -> float:
+        queue: FairQueue[int, int] = FairQueue(4 * BATCH)
+        sends = [queue.open_flow(n).send_nowait for n in range(flows)]  # flows are opened once and used long
         turns = [[sends[(begin + n) % flows] for n in range(BATCH)] for begin in range(0, flows, BATCH)]
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_consume, queue, ITEMS)
-            for burst in range(ITEMS // BATCH):
-                for send in turns[burst % len(turns)]:
-                    send(0)
-                await trio.lowlevel.checkpoint()
 
-    return lambda: timed(program, ITEMS)
+        async def program() -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_consume, queue, ITEMS)
+                for burst in range(ITEMS // BATCH):
+                    for send in turns[burst % len(turns)]:
+                        send(0)
+                    await trio.lowlevel.checkpoint()
+
+        return timed(program, ITEMS)
+
+    return run
 
 
 def bursts_by_name() -> float:
     """The same for 100 flows, each item sent to the queue under the name of its flow."""
 
     async def program() -> None:
-        queue: FairQueue[int, int] = FairQueue(2 * BATCH)
+        queue: FairQueue[int, int] = FairQueue(4 * BATCH)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_consume, queue, ITEMS)
             for burst in range(ITEMS // BATCH):
@@ -113,7 +117,7 @@ def whole_reads() -> float:
     """100 flows, each read of a flow's socket bringing 16 items at once; deliveries are settled one by one."""
 
     async def program() -> None:
-        queue: FairQueue[int, int] = FairQueue(2 * BATCH)
+        queue: FairQueue[int, int] = FairQueue(4 * BATCH)
         channels = [queue.open_flow(n) for n in range(100)]
         read = list(range(16))
 

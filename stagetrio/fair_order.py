@@ -130,6 +130,8 @@ class FairOrder(Generic[F, T]):
         woken = self.woken
         self._filed += len(woken)
         rank, now = self._newcomers, self.virtual_time
+        ranked, last = self._by_size, rank.bucket
+        last_tag = rank.tag
         for record in woken:
             if record.held:
                 continue
@@ -137,13 +139,15 @@ class FairOrder(Generic[F, T]):
             if tag <= now:
                 tag = now
                 record.finish = now - record.reserved
-            if self._by_size:
+            if ranked:
                 self._enter(record, tag)
-            elif tag == rank.tag:
+            elif tag == last_tag:
                 record.filed = tag
-                rank.bucket.append(record)
+                last.append(record)
             else:
                 rank.file(record, tag)
+                last_tag = tag
+                last = rank.bucket if tag == rank.tag else rank.buckets[tag]
         woken.clear()
 
     def _enter(self, record: Flow[F, T], tag: float) -> None:
@@ -202,6 +206,18 @@ class FairOrder(Generic[F, T]):
             if cost != 1.0:
                 record.costs = deque((cost,))
             self.woken.append(record)
+
+    def pass_item(self, record: Flow[F, T], cost: float) -> None:
+        """Book an item that is handed to a receiver straight away, since nothing else waits for one."""
+        finish = record.finish
+        if finish > self.virtual_time:
+            self.virtual_time = finish
+            self._since = 0.0
+        elif finish + record.reserved < self.virtual_time:
+            finish = self.virtual_time - record.reserved
+        lift = cost * record.inverse
+        self._since += lift
+        record.finish = finish + lift
 
     # Items out.
 
@@ -304,8 +320,9 @@ class FairOrder(Generic[F, T]):
                 if record.rest:
                     record.first = record.rest.popleft()
                     record.filed = finish
-                    if finish in buckets:
-                        buckets[finish].append(record)
+                    behind = buckets.get(finish)
+                    if behind is not None:
+                        behind.append(record)
                     else:
                         buckets[finish] = [record]
                         heappush(tags, finish)

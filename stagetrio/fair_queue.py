@@ -11,8 +11,9 @@ freed. A task that waits either has been served, and then its cancellation comes
 leaving the line undoes everything. So no wake-up can be lost, whatever is cancelled when, and nothing is done in an
 ``abort_fn`` except leaving the line.
 
-A receiver of batches is handed its first item; what comes until it runs is left for it (``_collecting``), so that a
-burst wakes one task and not all of them. When it runs it takes the rest, and hands what is too much for it on.
+A receiver of batches is only woken; what there is and what comes until it runs is left for it (``_collecting``), so
+that a burst wakes one task and not all of them. When it runs it takes what it can, and hands the rest on; if somebody
+who did not wait has been faster, it waits again, as the first.
 
 **Where items are taken from** is the order itself, or the `Shedding` in front of it, which takes one by one and looks
 at each. A queue that was not asked for anything of that kind, and has not seen a finite deadline, has none.
@@ -37,6 +38,8 @@ from stagetrio.runs import Run, put_back, take_runs
 __all__ = ["Delivery", "FairQueue", "FairQueueStatistics", "FlowChannel"]
 
 Take = Callable[[int], list[Any]]
+
+FEW = 32  # flows at their own bounds with waiting senders up to which all are looked at after a batch
 
 
 @attrs.frozen
@@ -94,7 +97,9 @@ class FairQueue(Generic[F, T]):
             raise TypeError(f"weight must be callable or None, not {weight!r}")
         self._order: FairOrder[F, T] = FairOrder(weight=weight)
         self._flows = self._order.flows
-        self._intake: Intake[F, T] = Intake(self._order, max_items, max_items_per_flow, self._hand_over)
+        self._intake: Intake[F, T] = Intake(
+            self._order, max_items, max_items_per_flow, self._hand_over, self._hand_through
+        )
         self._receivers = self._intake.receivers  # {task: (how it takes, at most how many)}
         self._collecting = 0  # items that receivers woken and not yet run may still take
         self._take_items: Take = self._order.take_items
@@ -129,14 +134,12 @@ class FairQueue(Generic[F, T]):
             record = self._order.flow(flow)
         intake = self._intake
         count = intake.items
-        if count >= intake.soft or cost != 1.0 or record.first is not EMPTY or deadline != math.inf:
+        if count >= intake.soft or cost != 1.0 or record.first is not EMPTY or intake.receivers or deadline != math.inf:
             intake.send_nowait(record, item, cost, deadline)
-            return
-        record.first = item
-        intake.woken.append(record)
-        intake.items = count + 1
-        if self._receivers:
-            self._hand_over()
+        else:
+            record.first = item
+            intake.woken.append(record)
+            intake.items = count + 1
 
     @enable_ki_protection
     async def send(self, flow: F, item: T, *, cost: float = 1.0, deadline: float = math.inf) -> None:
@@ -246,8 +249,10 @@ class FairQueue(Generic[F, T]):
             trio.EndOfChannel: The queue is closed, and nothing is left in it.
         """
         intake = self._intake
+        if not intake.items and not intake.closed:
+            raise trio.WouldBlock
         if intake.waiting or intake.closed or not self._opened:
-            return self._take_nowait(lambda count: take_runs(self._order, count, quantum), max_items)
+            return self._take_nowait(lambda _: take_runs(self._order, 1, quantum), max_items)
         runs = take_runs(self._order, max_items, quantum)
         if not runs:
             raise trio.WouldBlock
@@ -295,24 +300,27 @@ class FairQueue(Generic[F, T]):
     def _taken(self, take: Take, max_items: int) -> list[Any]:
         intake = self._intake
         if intake.waiting or intake.closed or not self._opened:
-            return self._taken_singly(take, max_items)
+            return self._taken_slowly(take, max_items)
         taken = take(max_items)
         self._count(len(taken))
         return taken
 
-    def _taken_singly(self, take: Take, max_items: int) -> list[Any]:
-        """Take one by one, since each may let a sender in; and see what the first and the last one open or end."""
+    def _taken_slowly(self, take: Take, max_items: int) -> list[Any]:
+        """Take, let senders in, and take what they have sent; see what the first and the last item open or end."""
         intake = self._intake
         taken: list[Any] = []
         while len(taken) < max_items:
-            record = self._order.head()
-            if record is None:
+            served = self._order.head() if len(intake.blocked) > FEW else None
+            more = take(max_items - len(taken) if served is None else 1)
+            if not more:
                 break
-            taken += take(1)
-            self._count(1)
-            if intake.waiting:
+            taken += more
+            self._count(len(more))
+            if not intake.waiting:
+                continue
+            for record in list(intake.blocked) if served is None else (served,):
                 intake.unblock(record)
-                intake.admit()
+            intake.admit()
         if taken and not self._opened:
             self._opened = True
             intake.opened()
@@ -338,19 +346,41 @@ class FairQueue(Generic[F, T]):
             del self._receivers[task]
             return Abort.SUCCEEDED
 
-        taken: list[Any] = await wait_task_rescheduled(leave)
-        if max_items > 1:
-            self._collecting -= max_items - 1
-            taken += self._taken(take, max_items - 1)
-            self._hand_over()
-        return taken
+        while True:
+            taken: list[Any] | None = await wait_task_rescheduled(leave)
+            if taken is not None:
+                return taken
+            self._collecting -= max_items
+            taken = self._taken(take, max_items)
+            if self._receivers:
+                self._hand_over()
+            if taken:
+                return taken
+            self._receivers[task] = (take, max_items)  # somebody else was faster
+            self._receivers.move_to_end(task, last=False)
+
+    def _hand_through(self, record: Flow[F, T], item: T, cost: float) -> bool:
+        """Give an item to the receiver that has waited longest, if that one takes items singly."""
+        order = self._order
+        task, (take, max_items) = next(iter(self._receivers.items()))
+        if max_items != 1 or take is not self._take_items or order.in_hand or not self._opened:
+            return False
+        del self._receivers[task]
+        order.pass_item(record, cost)
+        self._intake.drained += 1
+        self._received += 1
+        reschedule(task, outcome.Value([item]))
+        return True
 
     def _hand_over(self) -> None:
         """Give queued items to waiting receivers, except those a woken receiver is about to collect."""
         while self._receivers and self._intake.items > self._collecting and self._order.head() is not None:
             task, (take, max_items) = self._receivers.popitem(last=False)
-            self._collecting += max_items - 1
-            reschedule(task, outcome.Value(self._taken(take, 1)))
+            if max_items == 1:
+                reschedule(task, outcome.Value(self._taken(take, 1)))
+            else:
+                self._collecting += max_items
+                reschedule(task)
 
     # Flows as a whole
 
@@ -493,7 +523,7 @@ class FlowChannel(trio.abc.SendChannel[T], Generic[F, T]):
             raise trio.ClosedResourceError("the channel is closed")
         record, intake = self._record, self._intake
         count = intake.items
-        if count >= intake.soft or cost != 1.0:
+        if count >= intake.soft or cost != 1.0 or intake.receivers:
             intake.send_nowait(record, item, cost)
             return
         if record.first is EMPTY:
@@ -506,8 +536,6 @@ class FlowChannel(trio.abc.SendChannel[T], Generic[F, T]):
                 return
             rest.append(item)
         intake.items = count + 1
-        if intake.receivers:
-            intake.hand_over()
 
     @enable_ki_protection
     def send_many_nowait(self, items: Sequence[T], cost: float = 1.0) -> int:

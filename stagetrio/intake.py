@@ -91,10 +91,16 @@ class Intake(Generic[F, T]):
         max_items: Items queued at once, over all flows.
         max_items_per_flow: Items of one flow queued at once.
         hand_over: Called when there are items and receivers that wait for them.
+        hand_through: Called when a receiver waits and nothing is queued; tells whether it has given it the item.
     """
 
     def __init__(
-        self, order: Order, max_items: float, max_items_per_flow: float, hand_over: Callable[[], None]
+        self,
+        order: Order,
+        max_items: float,
+        max_items_per_flow: float,
+        hand_over: Callable[[], None],
+        hand_through: Callable[[Flow[F, T], T, float], bool],
     ) -> None:
         self.order = order
         self.max_items = check_bound("max_items", max_items)
@@ -102,7 +108,8 @@ class Intake(Generic[F, T]):
         self.rest_bound = self._flow_bound - 1  # of the items behind a flow's first
         self._reserve = max(0, (int(max_items) - 64) // 8) if max_items != math.inf else 0
         self.woken = order.woken
-        self.hand_over = hand_over
+        self._hand_over = hand_over
+        self._hand_through = hand_through
         self.receivers: OrderedDict[Task, Any] = OrderedDict()  # those that wait; the queue's
         self.items = 0
         self.soft = self.max_items  # up to here a send needs no decision; -1: always one
@@ -110,7 +117,7 @@ class Intake(Generic[F, T]):
         self.closed = False
         self.waiting = 0  # tasks
         self._lines: OrderedDict[Flow[F, T], None] = OrderedDict()  # flows with waiting senders, next turn first
-        self._blocked: set[Flow[F, T]] = set()  # those of them that are at their own bound
+        self.blocked: set[Flow[F, T]] = set()  # those of them that are at their own bound
         self.drained = self.refused = 0
         self._measured: tuple[float, int] | None = None  # when, and after how many items, the window began
         self._rate = 0.0
@@ -142,8 +149,6 @@ class Intake(Generic[F, T]):
                 self.refused += 1
                 raise Overloaded(reason, self.retry_after(reason))
         self._put(record, item, cost, deadline)
-        if self.receivers:
-            self.hand_over()
 
     def send_many_nowait(self, record: Flow[F, T], items: Sequence[T], cost: float) -> int:
         """Queue as many items as are let in; return their number."""
@@ -169,14 +174,18 @@ class Intake(Generic[F, T]):
                 record.append(item, 1.0)
         self.items += count
         if self.receivers:
-            self.hand_over()
+            self._hand_over()
         return count
 
     def _put(self, record: Flow[F, T], item: T, cost: float, deadline: float) -> None:
         if self.shedder is not None:
             item = self.shedder.stamp(record, item, deadline)
+        elif self.receivers and not self.items and not record.held and self._hand_through(record, item, cost):
+            return
         self.order.push(record, item, cost)
         self.items += 1
+        if self.receivers:
+            self._hand_over()
 
     def refusal(self, record: Flow[F, T]) -> str | None:
         """Return the bound at which an item of this flow is not let in; None where it is.
@@ -239,8 +248,6 @@ class Intake(Generic[F, T]):
             if cost != 1.0:
                 check_positive("cost", cost)
             self._put(record, item, cost, deadline)
-            if self.receivers:
-                self.hand_over()
             await trio.lowlevel.cancel_shielded_checkpoint()
         else:
             check_positive("cost", cost)
@@ -268,12 +275,12 @@ class Intake(Generic[F, T]):
         if not record.waiters:
             record.waiters = None
             self._lines.pop(record, None)
-            self._blocked.discard(record)
+            self.blocked.discard(record)
 
     def unblock(self, record: Flow[F, T]) -> None:
-        """Let a flow take its turn again, one of whose items was taken."""
-        if record in self._blocked:
-            self._blocked.remove(record)
+        """Let a flow that was at its own bound take its turn again, if it is not any more."""
+        if record in self.blocked and len(record) < self._flow_bound:
+            self.blocked.remove(record)
             self._lines[record] = None
 
     def admit(self) -> None:
@@ -290,7 +297,7 @@ class Intake(Generic[F, T]):
                 reschedule(task)
             elif len(record) >= self._flow_bound:
                 del lines[record]
-                self._blocked.add(record)
+                self.blocked.add(record)
             else:
                 unlucky += 1
             if record in lines:
@@ -300,10 +307,10 @@ class Intake(Generic[F, T]):
         """Let nothing more in; whoever waits gets `trio.ClosedResourceError`."""
         self.closed = True
         self.soft = -1
-        for record in [*self._lines, *self._blocked]:
+        for record in [*self._lines, *self.blocked]:
             for task in record.waiters:
                 reschedule(task, outcome.Error(trio.ClosedResourceError("the queue was closed")))
             record.waiters = None
         self._lines.clear()
-        self._blocked.clear()
+        self.blocked.clear()
         self.waiting = 0
