@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stagetrio.adaptive import AdaptiveLimiter as AdaptiveLimiter
     from stagetrio.client import Client as Client
     from stagetrio.client import RequestFailed as RequestFailed
     from stagetrio.client import open_client as open_client
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
     from stagetrio.framing import ProtocolError as ProtocolError
     from stagetrio.lease import LeaseLost as LeaseLost
     from stagetrio.limiter import FlowRateLimiter as FlowRateLimiter
-    from stagetrio.limiter import Overloaded as Overloaded
     from stagetrio.limiter import Rate as Rate
     from stagetrio.limiter import RateLimiter as RateLimiter
     from stagetrio.nursery_pool import NurseryPool as NurseryPool
     from stagetrio.nursery_pool import open_nursery_pool as open_nursery_pool
+    from stagetrio.overload import Overloaded as Overloaded
     from stagetrio.pacer import Pacer as Pacer
     from stagetrio.peer import Peer as Peer
     from stagetrio.preempt import no_preempt as no_preempt
@@ -42,10 +43,12 @@ if TYPE_CHECKING:
     from stagetrio.remote import open_remote_stream as open_remote_stream
     from stagetrio.remote import serve_remote as serve_remote
     from stagetrio.remote import serve_remote_stream as serve_remote_stream
+    from stagetrio.retry import RetryBudget as RetryBudget
     from stagetrio.rules import CloseReason as CloseReason
     from stagetrio.rules import PeerLimits as PeerLimits
     from stagetrio.server import StageServer as StageServer
     from stagetrio.server import serve_stage as serve_stage
+    from stagetrio.shed import Shedder as Shedder
     from stagetrio.snapshot import Snapshot as Snapshot
     from stagetrio.sockets import open_listeners as open_listeners
     from stagetrio.stage import Stage as Stage
@@ -61,6 +64,7 @@ __version__ = "0.1.0"
 
 # {public name: its module}: for the interpreter what the imports above are for type checkers
 _ROOMS = {
+    "AdaptiveLimiter": "adaptive",
     "BudgetExceeded": "watchdog",
     "Client": "client",
     "CloseReason": "rules",
@@ -75,7 +79,7 @@ _ROOMS = {
     "LengthPrefixed": "framing",
     "Lines": "framing",
     "NurseryPool": "nursery_pool",
-    "Overloaded": "limiter",
+    "Overloaded": "overload",
     "Pacer": "pacer",
     "Peer": "peer",
     "PeerLimits": "rules",
@@ -87,6 +91,8 @@ _ROOMS = {
     "Remote": "remote",
     "RemoteError": "remote",
     "RequestFailed": "client",
+    "RetryBudget": "retry",
+    "Shedder": "shed",
     "Snapshot": "snapshot",
     "Stage": "stage",
     "StageServer": "server",

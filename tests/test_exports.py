@@ -78,3 +78,8 @@ def test_no_public_name_needs_an_optional_dependency() -> None:
     """All of them together load none of the extras, nor the terminal of the command line."""
     optional = {"rich", "matplotlib", "IPython", "ipykernel", "coredis", "pytest", "hypothesis"}
     assert not loaded_by("from stagetrio import *") & optional
+
+
+def test_no_public_name_is_also_a_module() -> None:
+    """Importing a module binds its name in the package, which would hide a function of the same name."""
+    assert not set(stagetrio.__all__) & {path.stem for path in (ROOT / "stagetrio").iterdir()}

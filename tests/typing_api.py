@@ -15,6 +15,7 @@ import attrs
 import trio
 
 from stagetrio import (
+    AdaptiveLimiter,
     BudgetExceeded,
     CloseReason,
     Codec,
@@ -34,6 +35,7 @@ from stagetrio import (
     RateLimiter,
     RemoteError,
     RequestFailed,
+    RetryBudget,
     Snapshot,
     Stage,
     StageServer,
@@ -53,6 +55,7 @@ from stagetrio import (
     serve_remote_stream,
     serve_stage,
 )
+from stagetrio.all_tickets import all_tickets
 from stagetrio.app import App
 from stagetrio.fair_queue import FlowChannel
 
@@ -139,7 +142,35 @@ async def tickets() -> None:
     stage.close_after(10)
 
 
-# A pool stands where a nursery stood. Trio's own class is final, so that needs a cast.
+async def several_tickets(tables: TicketStage, rooms: TicketStage) -> None:
+    async with all_tickets(tables.ticket("ada"), rooms.ticket("ada")) as held:
+        assert_type(held, tuple[Ticket, ...])
+
+
+# An adaptive limiter stands where Trio's did; Trio's own class is final, so that needs a cast.
+
+
+async def adaptive_limits(limiter: AdaptiveLimiter) -> None:
+    async with limiter:
+        pass
+    await trio.to_thread.run_sync(len, "ada", limiter=cast("trio.CapacityLimiter", limiter))
+    TicketStage("database", limiter)
+
+
+# A retried call keeps its type.
+
+
+async def retries() -> None:
+    budget = RetryBudget(0.2, retry_on=(Overloaded, trio.TooSlowError))
+    assert_type(await budget.call(look_up, "ada"), int)
+    await budget.call(look_up, 7)  # type: ignore[arg-type]
+
+
+async def look_up(name: str) -> int:
+    return len(name)
+
+
+# A pool stands where a nursery stood, by a cast as well.
 
 
 async def handle(stream: trio.SocketStream) -> None:
