@@ -212,7 +212,7 @@ def figures(side: str, *, latency: float, served: int = 98, stall: float = 0.1, 
         seconds=4.0,
         tallies=tallies,
         worst_stall=stall,
-        client_stall=0.001,
+        client_stalls=(0.001, 0.002),
         memory_before=20 << 20,
         memory_peak=30 << 20,
         disposed={"silent": 3, "slow": disposed},
@@ -239,6 +239,7 @@ def row(name: str) -> Row:
         ("throughput", "30 /s", "74 /s", "better", "better 2.5x"),
         ("worst stall of the loop", "800 ms", "5 ms", "better", "better 160x"),
         ("memory, at the peak", "30.0 MiB", "30.0 MiB", "even", "even"),
+        ("memory, grown in the storm", "10.0 MiB", "10.0 MiB", "even", "even"),
         ("silent clients disposed of", "3 of 3", "3 of 3", "even", "even"),
         ("slow clients disposed of", "3 of 3", "1 of 3", "worse", "worse"),
     ],
@@ -280,7 +281,7 @@ def test_shares_closer_than_half_a_point_are_even(staged: float, verdict: str) -
 def test_the_summary_names_every_lost_row() -> None:
     """Who reads one line only is not misled."""
     assert report.summary(report.rows_of(SLOW, FAST)) == (
-        "stagetrio is better in 12 of 16 rows and worse in 1: slow clients disposed of."
+        "stagetrio is better in 12 of 17 rows and worse in 1: slow clients disposed of."
     )
     assert report.summary(report.rows_of(SLOW, figures("staged", latency=0.05))).endswith(" and worse in none.")
 

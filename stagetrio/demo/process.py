@@ -53,11 +53,11 @@ def _serve_of(side: str) -> Serve:
 
 async def main(side: str, storm: Storm) -> None:
     """Host one server for one storm."""
-    database, stalls = Database(), StallClock()
+    serve, database, stalls = _serve_of(side), Database(), StallClock()
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=512)
     memory_before = peak_memory()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_serve_of(side), listeners, database)
+        nursery.start_soon(serve, listeners, database)
         nursery.start_soon(stalls.run)
         say(event="listening", port=listeners[0].socket.getsockname()[1])
         async for command in commands():

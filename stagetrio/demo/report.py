@@ -114,6 +114,7 @@ _ROWS: tuple[tuple[str, Unit, Literal["higher", "lower"] | None], ...] = (
     ("throughput", "per second", "higher"),
     ("worst stall of the loop", "seconds", "lower"),
     ("memory, at the peak", "bytes", "lower"),
+    ("memory, grown in the storm", "bytes", "lower"),
     ("silent clients disposed of", "clients", "higher"),
     ("slow clients disposed of", "clients", "higher"),
 )
@@ -124,6 +125,7 @@ def _values(figures: Figures) -> dict[str, float | None]:
         "throughput": _throughput(figures),
         "worst stall of the loop": figures.worst_stall,
         "memory, at the peak": float(figures.memory_peak),
+        "memory, grown in the storm": float(figures.memory_peak - figures.memory_before),
         "silent clients disposed of": float(figures.disposed["silent"]),
         "slow clients disposed of": float(figures.disposed["slow"]),
     }
@@ -182,7 +184,7 @@ def _plain_figures(figures: Figures) -> dict[str, Any]:
         "groups": {group: _plain_total(tally.total()) for group, tally in figures.tallies.items()},
         "throughput": _throughput(figures),
         "worst_stall": figures.worst_stall,
-        "worst_stall_of_the_clients": figures.client_stall,
+        "worst_stall_of_the_clients": dict(zip(("all but the hogs", "hogs"), figures.client_stalls, strict=True)),
         "memory_before": figures.memory_before,
         "memory_peak": figures.memory_peak,
         "disposed": figures.disposed,

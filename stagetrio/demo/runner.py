@@ -62,7 +62,8 @@ class Figures:
         tallies: As the clients counted them: ``{group: tally}`` of those who send and read, and the polite ones' also
             apart, as ``asks`` (which do not need the database) and ``queries`` (which do).
         worst_stall: The longest the server's loop was held, in seconds.
-        client_stall: The same of the clients' loops: what their measurements may be off by.
+        client_stalls: The same of the clients' loops, of all but the hogs and of the hogs: what their measurements may
+            be off by.
         memory_before: Peak resident memory of the server's process before the first client came, in bytes.
         memory_peak: The same when the storm was over.
         disposed: ``{group: clients}`` that the server held no connection of any more when the storm was over.
@@ -74,7 +75,7 @@ class Figures:
     seconds: float
     tallies: dict[str, Tally]
     worst_stall: float
-    client_stall: float
+    client_stalls: tuple[float, float]
     memory_before: int
     memory_peak: int
     disposed: dict[str, int]
@@ -172,15 +173,15 @@ class _Watch:
         self._on_progress = on_progress
         self._replies: dict[str, int] = {}
         self._polite_p99: float | None = None
-        self.results: list[dict[str, Any]] = []
 
-    async def follow(self, child: _Child) -> None:
+    async def follow(self, child: _Child) -> dict[str, Any]:
+        """Go on until its result; return that."""
         while (event := await child.event())["event"] != "result":
             self._replies.update(event["replies"])
             self._polite_p99 = event["p99"].get("asks", self._polite_p99)
             done = (time.monotonic() - self._begin) / self._storm.seconds
             self._tell(min(0.99, max(0.01, done)))
-        self.results.append(event)
+        return event
 
     def finish(self) -> None:
         self._tell(1.0)
@@ -233,13 +234,18 @@ async def _run_storm(side: str, storm: Storm, on_progress: Callable[[Progress], 
             for child in (server, crowd, hogs):
                 await child.order(do="start", at=begin)
             watch = _Watch(side, storm, begin, on_progress)
+            results: list[dict[str, Any]] = [{}, {}]
+
+            async def follow(index: int, child: _Child) -> None:
+                results[index] = await watch.follow(child)
+
             async with trio.open_nursery() as nursery:
-                for child in (crowd, hogs):
-                    nursery.start_soon(watch.follow, child)
+                for index, child in enumerate((crowd, hogs)):
+                    nursery.start_soon(follow, index, child)
             await server.order(do="report")
             report = await server.expect("report", _REPORT_SECONDS)
     watch.finish()
-    return _figures(side, storm, watch.results, report)
+    return _figures(side, storm, results, report)
 
 
 def _figures(side: str, storm: Storm, results: list[dict[str, Any]], report: dict[str, Any]) -> Figures:
@@ -257,7 +263,7 @@ def _figures(side: str, storm: Storm, results: list[dict[str, Any]], report: dic
         seconds=storm.seconds,
         tallies={name: tallies[name] for name in ("polite", "asks", "queries", "hogs", "burners")},
         worst_stall=report["worst_stall"],
-        client_stall=max(result["worst_stall"] for result in results),
+        client_stalls=(results[0]["worst_stall"], results[1]["worst_stall"]),
         memory_before=report["memory_before"],
         memory_peak=report["memory_peak"],
         disposed={group: len(set(ports[group]) - open_ports) for group in GROUPS},

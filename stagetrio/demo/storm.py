@@ -37,7 +37,7 @@ DATABASE_LIMIT = 10
 DATABASE_SECONDS = 0.005
 DATABASE_SLOWER = 20
 
-IDLE_SECONDS = 3.0
+IDLE_SECONDS = 4.0
 """How long either server lets a client say nothing."""
 
 SEND_SECONDS = 3.0
