@@ -408,3 +408,53 @@ async def test_a_place_goes_to_one_caller_only(pair: Pair, autojump_clock: trio.
     assert most == 3
     assert procedures.statistics().refused == 0
     assert procedures.statistics().returned == 99
+
+
+async def test_the_smallest_buffer_holds_nobody_up_for_good(pair: Pair) -> None:
+    """With room for a single answer, callers of all kinds take turns, and all of them end."""
+    procedures = Procedures()
+
+    @procedures.procedure
+    async def now(x: int) -> int:
+        return x
+
+    @procedures.procedure
+    async def later(x: int) -> int:
+        await trio.lowlevel.checkpoint()
+        return x
+
+    @procedures.procedure
+    async def several(n: int) -> AsyncIterator[int]:
+        for x in range(n):
+            yield x
+
+    async def caller(n: int) -> None:
+        for x in range(20):
+            assert await remote.call(later if (x + n) % 3 else now, x) == x
+        async with remote.with_options(window=4).stream(several, 10) as values:
+            assert [value async for value in values] == list(range(10))
+
+    async with serving(procedures, pair, max_buffered_bytes=1) as remote, trio.open_nursery() as nursery:
+        for n in range(30):
+            nursery.start_soon(caller, n)
+
+
+async def test_a_caller_that_has_stopped_talking_and_reading_is_let_go(autojump_clock: trio.testing.MockClock) -> None:
+    """Its posts are finished, its answers are given up on, and nobody waits for room for them."""
+    gate = Gate()
+    ours, theirs = trio.testing.lockstep_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: serve_remote_stream(gate.procedures, ours, max_buffered_bytes=1))
+        await theirs.send_all(FRAMING.encode(wire.encode((0, wire.VERSION, None, 2**20))))
+        await theirs.receive_some()
+        requests = [FRAMING.encode(wire.encode((2, id, "enter", None, [id]))) for id in range(1, 11)]
+        await theirs.send_all(b"".join(requests))
+        await trio.testing.wait_all_tasks_blocked()
+        assert gate.inside == 10
+        gate.opened.set()
+        await trio.testing.wait_all_tasks_blocked()
+        await theirs.send_eof()
+        start = trio.current_time()
+    assert trio.current_time() - start == 1
+    assert gate.procedures.statistics().returned == 10
+    assert gate.procedures.statistics().undeliverable > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import socket
 import ssl
@@ -403,3 +404,59 @@ async def test_the_last_word_of_a_worker_is_heard_by_who_talks_on() -> None:
             worker.close()
             with pytest.raises(WorkerLost, match="closing for the night"):
                 await remote.call("echo", 1)
+
+
+async def test_a_worker_that_takes_nothing_any_more_is_lost(autojump_clock: trio.testing.MockClock) -> None:
+    """It neither leaves nor answers, but it has closed its ear: the call ends a second later instead of never."""
+    worker, caller = socket.socketpair()
+    framing = LengthPrefixed(2**20)
+    with worker:
+        worker.send(framing.encode(wire.encode((0, wire.VERSION, 10, 2**20))))
+        async with open_remote_stream(trio.SocketStream(trio.socket.from_stdlib_socket(caller))) as remote:
+            worker.shutdown(socket.SHUT_RD)
+            start = trio.current_time()
+            with pytest.raises(WorkerLost, match="the connection broke"):
+                await remote.call("echo", 1)
+            assert trio.current_time() - start == 1
+
+
+async def test_a_caller_that_takes_nothing_any_more_is_let_go(autojump_clock: trio.testing.MockClock) -> None:
+    """Its calls are cancelled at the first answer it does not take; what it posts within a second still runs."""
+    ours, caller = socket.socketpair()
+    framing = LengthPrefixed(2**20)
+    procedures = Procedures()
+    ended: list[str] = []
+
+    @procedures.procedure
+    async def work(name: str, seconds: float) -> None:
+        try:
+            await trio.sleep(seconds)
+        except trio.Cancelled:
+            ended.append(f"{name} cancelled")
+            raise
+        ended.append(name)
+
+    def say(*message: object) -> None:
+        caller.send(framing.encode(wire.encode(message)))
+
+    with caller:
+        async with trio.open_nursery() as nursery:
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+            nursery.start_soon(serve_remote_stream, procedures, stream)
+            say(0, wire.VERSION, None, 2**20)
+            await settled()
+            caller.recv(1000)
+            say(1, 1, "work", None, ["call", math.inf])
+            say(2, 2, "work", None, ["post", 10.0])
+            await settled()
+            caller.shutdown(socket.SHUT_RD)
+            say(1, 3, "work", None, ["quick", 0.0])
+            await settled()
+            say(1, 4, "work", None, ["late call", 0.0])
+            say(2, 5, "work", None, ["late post", 20.0])
+            await settled()
+            assert ended == ["quick", "call cancelled"]
+            start = trio.current_time()
+        assert trio.current_time() - start == 20
+    assert ended == ["quick", "call cancelled", "post", "late post"]
+    assert procedures.statistics().connections == 0
