@@ -252,27 +252,19 @@ class Stage(Generic[T]):
         try:
             while self._leader is worker:
                 if not self._batch:
-                    self._batch = await self._receive()
-                    self._batch.reverse()
+                    self._after_slice()
+                    self._batch = [await self._queue.receive_run(self._quantum)]
                 self.serving = True
                 drained = await self._serve_slice(worker)
                 self.serving = False
-                if self._leader is worker:
+                if self._leader is worker and not drained:  # else waiting for the queue lets the others run
                     self._after_slice()
-                    if not drained:  # else waiting for the queue lets the others run
-                        await trio.lowlevel.checkpoint()
+                    await trio.lowlevel.checkpoint()
         except trio.EndOfChannel:
             self._end()
         finally:
             if self._leader is worker:
                 self._leader = None
-
-    async def _receive(self) -> list[Run[Any, T]]:
-        try:
-            return self._queue.receive_runs_nowait(BATCH, self._quantum)
-        except trio.WouldBlock:
-            self._after_slice()
-            return [await self._queue.receive_run(self._quantum)]
 
     async def _serve_slice(self, worker: Worker[T]) -> bool:
         """Serve the batch, and more from the queue while the slice lasts, or until a handler has waited.
