@@ -16,6 +16,7 @@ import collections.abc
 import contextlib
 import functools
 import inspect
+import logging
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
@@ -25,6 +26,7 @@ import cattrs
 import msgspec
 
 from stagetrio.codec import UNFIT, WireType, why_unfit, wire_type
+from stagetrio.failures import Failures
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -210,17 +212,22 @@ class ProceduresStatistics:
         rejected: Named no procedure, or came with the wrong arguments, and did not run.
         undeliverable: Ended with an outcome that no longer had anybody to go to.
         broken: Connections ended because the caller broke the rules of the wire, or had the wrong token.
+        failures: ``{"ValueError in function (file:line)": how often}`` a posted procedure raised, which nobody else is
+            told.
+        mistakes: Likewise, how callers broke the rules.
     """
 
-    connections: int = 0
-    running: int = 0
-    returned: int = 0
-    raised: int = 0
-    cancelled: int = 0
-    refused: int = 0
-    rejected: int = 0
-    undeliverable: int = 0
-    broken: int = 0
+    connections: int
+    running: int
+    returned: int
+    raised: int
+    cancelled: int
+    refused: int
+    rejected: int
+    undeliverable: int
+    broken: int
+    failures: dict[str, int]
+    mistakes: dict[str, int]
 
 
 @attrs.define
@@ -253,6 +260,8 @@ class Procedures:
         self._converter = cattrs.Converter() if converter is None else converter
         self._by_name: dict[str, Procedure] = {}
         self.tally = Tally()
+        logger = logging.getLogger("stagetrio.remote")
+        self.failures, self.mistakes = Failures(logger, "posted procedure"), Failures(logger, "remote caller")
 
     @overload
     def procedure(self, function: F, /) -> F: ...
@@ -311,7 +320,8 @@ class Procedures:
 
     def statistics(self) -> ProceduresStatistics:
         """Return what has become of the requests of all connections so far."""
-        return ProceduresStatistics(**attrs.asdict(self.tally))
+        failures, mistakes = dict(self.failures.counts), dict(self.mistakes.counts)
+        return ProceduresStatistics(**attrs.asdict(self.tally), failures=failures, mistakes=mistakes)
 
 
 class NamedProcedure:

@@ -73,8 +73,9 @@ async def serve_remote_stream(
 ) -> None:
     """Run procedures for whoever is at the other end of a stream, until they leave.
 
-    The other side's mistakes end its connection with a reason, are counted in ``procedures.statistics()``, and are not
-    raised here. When it leaves, its calls and streams are cancelled, and what it posted is finished.
+    The other side's mistakes end its connection with a reason, are counted in ``procedures.statistics()`` and logged
+    once per cause, and are not raised here. When it leaves, its calls and streams are cancelled, and what it posted is
+    finished.
 
     Args:
         procedures: What may be called.
@@ -106,6 +107,7 @@ async def serve_remote_stream(
         ).run()
     except Unwelcome as unwelcome:
         procedures.tally.broken += 1
+        procedures.mistakes.record(unwelcome)
         await say_bye(stream, str(unwelcome))
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         procedures.tally.broken += 1  # it left before it could be welcomed

@@ -6,7 +6,6 @@ that does not fit is cut. So there is always an answer, and it is always counted
 
 from __future__ import annotations
 
-import logging
 import traceback
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,12 @@ from typing import Any
 from stagetrio import remote_wire as wire
 from stagetrio.framing import LengthPrefixed
 from stagetrio.limiter import Overloaded
-from stagetrio.procedures import Procedure, Tally
+from stagetrio.procedures import Procedure, Procedures
 from stagetrio.remote_output import Output
 
 _MESSAGE_CHARACTERS = 500
 _TRACEBACK_CHARACTERS = 8000
 _OWN_FRAMES = str(Path(__file__).parent / "remote_")
-
-_log = logging.getLogger("stagetrio.remote")
 
 
 class Replies:
@@ -30,13 +27,12 @@ class Replies:
     Args:
         output: Where they go.
         max_frame_bytes: What the caller takes.
-        tally: Where they are counted.
+        procedures: Where they are counted.
     """
 
-    def __init__(self, output: Output, max_frame_bytes: int, tally: Tally) -> None:
-        self._output, self._tally = output, tally
+    def __init__(self, output: Output, max_frame_bytes: int, procedures: Procedures) -> None:
+        self._output, self._procedures, self._tally = output, procedures, procedures.tally
         self._frame = LengthPrefixed(max_frame_bytes).encode
-        self._logged: set[tuple[str, type]] = set()
         self.wanted = True  # False when the caller has left
 
     def returned(self, request: wire.Request, procedure: Procedure, value: Any) -> None:
@@ -63,16 +59,15 @@ class Replies:
         pack = procedure.pack_result
         self._output.add(self._frame(wire.encode((2, id, value if pack is None else pack(value)))))
 
-    def failed(self, request: wire.Request, procedure: Procedure, error: Exception) -> None:
+    def failed(self, request: wire.Request, error: Exception) -> None:
         """Answer with what the procedure raised."""
         if isinstance(error, Overloaded):
             self.refused(request.id, error)
             return
         self._tally.raised += 1
+        if isinstance(request, wire.Post):
+            self._procedures.failures.record(error)  # or nobody would ever see it
         kind = type(error)
-        if isinstance(request, wire.Post) and (procedure.name, kind) not in self._logged:
-            self._logged.add((procedure.name, kind))  # once for each cause; the rest is in the statistics
-            _log.warning("posted procedure %r raised", procedure.name, exc_info=error)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         self._raised(request.id, name, str(error), _text_of(error))
 

@@ -112,7 +112,7 @@ class ServedConnection:
         self._max_in_flight, self._max_running = max_in_flight, max_running
         self._decoder = LengthPrefixed(max_frame_bytes).decoder()
         self._output = Output(stream, max_buffered_bytes, self._stop_waiting_for_caller)
-        self._replies = Replies(self._output, hello.max_frame_bytes, self._tally)
+        self._replies = Replies(self._output, hello.max_frame_bytes, procedures)
         self._inbox: deque[bytes] = deque()
         self._in_hand: dict[int, _Work] = {}  # by id
         self._idle: list[trio.lowlevel.Task] = []
@@ -133,7 +133,6 @@ class ServedConnection:
             async with trio.open_nursery() as self._workers:
                 self._workers.start_soon(self._work, None)
             if self._fault is not None:
-                self._tally.broken += 1
                 self._replies.bye(self._fault)
             with trio.move_on_after(GOODBYE_SECONDS):
                 await self._output.drained()
@@ -252,7 +251,7 @@ class ServedConnection:
                 self._decoder.receive_eof()
         except ProtocolError as error:
             self._inbox.extend(error.frames)
-            self._fault = error.reason
+            self._blame(error)
 
     def _stop_waiting_for_caller(self) -> None:
         """Cancel what nobody waits for any longer; what was posted goes on, and what was posted last may still come."""
@@ -263,6 +262,12 @@ class ServedConnection:
                 work.cancel()
         if self._reading is not None:
             self._reading.deadline = trio.current_time() + GOODBYE_SECONDS
+
+    def _blame(self, error: ProtocolError) -> None:
+        """End this connection when what came before the mistake has been done."""
+        self._fault = error.reason
+        self._tally.broken += 1
+        self._procedures.mistakes.record(error)
 
     def _end(self) -> None:
         """Let nobody lead any more."""
@@ -284,8 +289,8 @@ class ServedConnection:
             if kind is wire.Hello:
                 raise ProtocolError("hello was said before")
         except ProtocolError as error:
-            self._fault = error.reason
             self._inbox.clear()
+            self._blame(error)
             return None
         work = self._in_hand.get(message.id)
         if work is None:
@@ -340,7 +345,7 @@ class ServedConnection:
         except StopIteration as stop:
             self._replies.returned(work.request, procedure, stop.value)
         except Exception as error:
-            self._replies.failed(work.request, procedure, error)
+            self._replies.failed(work.request, error)
         else:
             work.rest = (coroutine, context, trap)
             procedure.blocking += (1 - procedure.blocking) / 8
@@ -376,7 +381,7 @@ class ServedConnection:
         self._seconds += (trio.current_time() - work.began - self._seconds) / 8
         await self._output.room()
         if error is not None:
-            self._replies.failed(work.request, work.procedure, error)
+            self._replies.failed(work.request, error)
         elif cancelled:
             self._replies.cancelled(work.request.id, by_caller=work.cancelled)
         else:
@@ -385,9 +390,7 @@ class ServedConnection:
 
 
 @types.coroutine
-def _rest_of(
-    coroutine: Coroutine[Any, Any, Any], context: contextvars.Context, trap: Any
-) -> Generator[Any, Any, Any]:
+def _rest_of(coroutine: Coroutine[Any, Any, Any], context: contextvars.Context, trap: Any) -> Generator[Any, Any, Any]:
     """Await a coroutine whose first step has been taken, in its own context: ``yield from``, but for a begun one."""
     run = context.run
     while True:

@@ -120,7 +120,12 @@ async def test_a_post_that_fails_is_counted_and_logged_once(pair: Pair, caplog: 
             assert remote.statistics().posts_failed == 6
     assert gate.procedures.statistics().raised == 5
     assert gate.procedures.statistics().rejected == 1
-    assert [record.getMessage() for record in caplog.records] == ["posted procedure 'fail' raised"]
+    [record] = caplog.records
+    assert "posted procedure: ValueError in fail" in record.getMessage()
+    assert record.exc_info is not None
+    [(cause, count)] = gate.procedures.statistics().failures.items()
+    assert cause.startswith("ValueError in fail")
+    assert count == 5
 
 
 async def test_what_was_posted_is_finished_after_the_caller_has_left(pair: Pair) -> None:

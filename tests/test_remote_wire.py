@@ -135,6 +135,7 @@ async def test_a_broken_request_ends_the_connection_with_the_reason(data: bytes,
             raise AssertionError(bye[1])
         assert await bystander.call("echo", 3) == 3
     assert procedures.statistics().broken == 1
+    assert list(procedures.statistics().mistakes.values()) == [1]
     assert procedures.statistics().returned == 2
 
 
