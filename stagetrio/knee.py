@@ -15,9 +15,9 @@ and never rises when the backend gets slower. A long average (Gradient2), or a f
 probes), is taken while there is a queue, so each new baseline holds a little of it, and the limit creeps up for hours.
 Here it is measured where there is no queue: every eighth window the limit *dips* by a fifth, which is below the knee
 when the estimate is right, and the baseline is the average of the dips (the more the noise, the longer the average). A
-dip in which latency falls as the limit falls was still above the knee: the next one comes soon, until there is none
-left to fall. Dips that lie on one side of the baseline twice running make a new one. The limit stays within a quarter
-of the knee during a dip.
+dip in which latency falls as the limit falls was still above the knee: if that is beyond doubt it becomes the estimate
+and the next one starts from there, else it comes soon. Dips that lie on one side of the baseline twice running make a
+new one. The limit stays within a quarter of the knee during a dip.
 
 **Noise.** A window ends after `MIN_SAMPLES` samples, or two for each at a time, when the standard error of its mean is
 below a tenth, or after `MAX_SAMPLES`. The estimate follows a window by ``TRUST / (TRUST + error)``, except that a
@@ -175,9 +175,18 @@ class Knee:
         self.baseline += (latency - self.baseline) * max(1 / self._dips, BASELINE_TRUST / (BASELINE_TRUST + error))
 
     def _judge_dip(self, latency: float, used: float, error: float) -> None:
+        """If latency fell with the limit, all that was cut off was queue: go on from here, and down."""
         used_before, latency_before = self._before
-        still_queued = latency < latency_before * min(math.sqrt(used / used_before), 1 - error)
-        self._since_dip = DIP_EVERY - 2 if still_queued else 0
+        self._since_dip = 0
+        fall = 1 - used / used_before
+        if latency < latency_before * (1 - fall / 2 - 2 * error):
+            self._estimate = used
+            self._headroom = max(1.0, used / 20)
+            self.baseline = latency
+            self._dips = 1
+            self._since_dip = DIP_EVERY
+        elif latency < latency_before * (1 - max(fall / 2, error)):
+            self._since_dip = DIP_EVERY - 2
 
     def _follow(self, latency: float, used: float, error: float) -> None:
         self._since_dip += 1
