@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stagetrio.adaptive import AdaptiveLimiter as AdaptiveLimiter
+    from stagetrio.admission import Admission as Admission
     from stagetrio.client import Client as Client
     from stagetrio.client import RequestFailed as RequestFailed
     from stagetrio.client import open_client as open_client
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from stagetrio.ticket import Ticket as Ticket
     from stagetrio.ticket import TicketRequest as TicketRequest
     from stagetrio.ticket import TicketStage as TicketStage
+    from stagetrio.tls import secure as secure
     from stagetrio.watchdog import BudgetExceeded as BudgetExceeded
     from stagetrio.watchdog import Watchdog as Watchdog
     from stagetrio.watchdog import open_watchdog as open_watchdog
@@ -65,6 +67,7 @@ __version__ = "0.1.0"
 # {public name: its module}: for the interpreter what the imports above are for type checkers
 _ROOMS = {
     "AdaptiveLimiter": "adaptive",
+    "Admission": "admission",
     "BudgetExceeded": "watchdog",
     "Client": "client",
     "CloseReason": "rules",
@@ -109,6 +112,7 @@ _ROOMS = {
     "open_remote": "remote",
     "open_remote_stream": "remote",
     "open_watchdog": "watchdog",
+    "secure": "tls",
     "serve_remote": "remote",
     "serve_remote_stream": "remote",
     "serve_stage": "server",

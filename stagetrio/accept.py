@@ -10,13 +10,17 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import trio
 
 from stagetrio.hub import Hub
+from stagetrio.limiter import RateLimiter
 from stagetrio.nursery_pool import NurseryPool
+from stagetrio.reaper import Reaper
 from stagetrio.sockets import ACCEPT_PAUSE, ACCEPT_SKIP, Address, SocketListener, address_of, set_connection_options
+from stagetrio.tls import TlsListener
 from stagetrio.transport import HubTransport, StreamTransport, Transport
 
 BATCH = 64  # connections accepted in one pass
@@ -30,12 +34,16 @@ class Acceptor:
 
     Args:
         hub: What watches plain sockets; None: every connection gets tasks of its own.
+        reaper: What looks after handshakes.
         welcome: Called with each new transport and the address of the other side, None if it has none.
+        pace: How fast connections are taken; None: as they come.
     """
 
-    def __init__(self, hub: Hub | None, welcome: Welcome) -> None:
+    def __init__(self, hub: Hub | None, reaper: Reaper, welcome: Welcome, *, pace: RateLimiter | None = None) -> None:
         self._hub = hub
-        self._welcome = welcome
+        self._reaper = reaper
+        self._hand_over = welcome
+        self._pace = pace
         self._scope = trio.CancelScope()
         #: Times accepting failed, for one connection or for all.
         self.errors = 0
@@ -64,18 +72,29 @@ class Acceptor:
                     await listener.aclose()
 
     async def _accept(self, listener: trio.abc.Listener[Any], pool: NurseryPool) -> None:
+        welcome = self._hand_over
+        if isinstance(listener, TlsListener):
+            welcome = partial(self._secure, listener)
+            listener = listener.inner
         if self._hub is not None and isinstance(listener, SocketListener) and _is_plain(listener.socket):
-            await self._accept_sockets(listener, self._hub)
+            await self._accept_sockets(listener, self._hub, welcome)
         else:
-            await self._accept_streams(listener, pool)
+            await self._accept_streams(listener, pool, welcome)
 
-    async def _accept_sockets(self, listener: SocketListener, hub: Hub) -> None:
+    def _secure(self, listener: TlsListener, transport: Transport, address: Address | None) -> None:
+        self._hand_over(listener.wrap(transport, self._reaper), address)
+
+    async def _accept_sockets(self, listener: SocketListener, hub: Hub, welcome: Welcome) -> None:
         # Trio's socket accepts one connection per checkpoint; its double accepts all that wait.
         with socket.socket(fileno=os.dup(listener.socket.fileno())) as double:
             double.setblocking(False)
+            granted = False  # whether the pace has let one pass that has not come yet
             while True:
                 await trio.lowlevel.wait_readable(listener.socket)
                 for _ in range(BATCH):
+                    if self._pace is not None and not granted:
+                        await self._pace.acquire()
+                        granted = True
                     try:
                         sock, _name = double.accept()
                     except BlockingIOError:
@@ -83,9 +102,10 @@ class Acceptor:
                     except OSError as error:
                         await self._failed(error)
                         break
-                    self._welcome_socket(sock, hub)
+                    granted = False
+                    self._welcome_socket(sock, hub, welcome)
 
-    def _welcome_socket(self, sock: socket.socket, hub: Hub) -> None:
+    def _welcome_socket(self, sock: socket.socket, hub: Hub, welcome: Welcome) -> None:
         try:
             sock.setblocking(False)
             set_connection_options(sock)
@@ -94,10 +114,12 @@ class Acceptor:
             self.errors += 1
             sock.close()
             return
-        self._welcome(HubTransport(sock, hub), address)
+        welcome(HubTransport(sock, hub), address)
 
-    async def _accept_streams(self, listener: trio.abc.Listener[Any], pool: NurseryPool) -> None:
+    async def _accept_streams(self, listener: trio.abc.Listener[Any], pool: NurseryPool, welcome: Welcome) -> None:
         while True:
+            if self._pace is not None:
+                await self._pace.acquire()
             try:
                 stream = await listener.accept()
             except OSError as error:
@@ -106,7 +128,7 @@ class Acceptor:
             transport = StreamTransport(stream)
             pool.start_soon(transport.run)
             address = address_of(stream.socket, remote=True) if isinstance(stream, trio.SocketStream) else None
-            self._welcome(transport, address)
+            welcome(transport, address)
 
     async def _failed(self, error: OSError) -> None:
         self.errors += 1

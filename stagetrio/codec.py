@@ -70,9 +70,11 @@ class Closed:
 
     Args:
         reason: Why, in words meant for the peer.
+        retry_after: Seconds after which another connection may fare better; 0 when nothing is known.
     """
 
     reason: str
+    retry_after: float = 0.0
 
 
 class Codec(Generic[M]):

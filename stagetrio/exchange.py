@@ -148,6 +148,6 @@ class Exchange(Generic[M]):
             return self._encode(cast("bytes", message))
         return self._encode(self._codec.encode(message))
 
-    def farewell(self, words: str) -> bytes | None:
+    def farewell(self, words: str, retry_after: float) -> bytes | None:
         """Return the frame that says why a connection ends, if this wire has one."""
-        return None if self._codec is None else self._encode(self._codec.encode(Closed(words)))
+        return None if self._codec is None else self._encode(self._codec.encode(Closed(words, retry_after)))

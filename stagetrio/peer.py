@@ -29,6 +29,7 @@ makes the kernel send a reset, which may overtake the last reply.
 from __future__ import annotations
 
 import enum
+import ssl
 from collections.abc import Awaitable, Callable, Hashable
 from math import inf
 from typing import Any, Generic, Protocol, TypeVar, TypeVarTuple
@@ -40,7 +41,7 @@ from stagetrio.framing import FrameDecoder, ProtocolError
 from stagetrio.limiter import Overloaded
 from stagetrio.rules import CloseReason, PeerLimits
 from stagetrio.sockets import Address
-from stagetrio.transport import Transport
+from stagetrio.transport import HandshakeFailed, Transport
 
 M = TypeVar("M")
 Ts = TypeVarTuple("Ts")
@@ -91,7 +92,7 @@ class Host(Protocol):
     def frame_of(self, message: Any) -> bytes:
         """Return the bytes of one frame with a message in it."""
 
-    def farewell(self, words: str) -> bytes | None:
+    def farewell(self, words: str, retry_after: float) -> bytes | None:
         """Return the frame which tells a peer why its connection ends, if this wire has one."""
 
     def move(self, peer: Peer[Any], flow: Hashable) -> None:
@@ -185,6 +186,15 @@ class Peer(Generic[M]):
     def address(self) -> Address | None:
         """Where the other side is, or None for a stream that cannot tell."""
         return self._address
+
+    @property
+    def tls(self) -> ssl.SSLObject | None:
+        """What knows the other side's certificate and the cipher; None if the connection is not encrypted, or not yet.
+
+        It is there for reading (``getpeercert()``, ``selected_alpn_protocol()``).
+        """
+        tls: ssl.SSLObject | None = getattr(self._transport, "tls", None)
+        return tls
 
     @property
     def close_reason(self) -> CloseReason | None:
@@ -345,13 +355,13 @@ class Peer(Generic[M]):
         self._pause()
         self.advance()
 
-    def end(self, reason: CloseReason, words: str) -> None:
+    def end(self, reason: CloseReason, words: str, retry_after: float = 0.0) -> None:
         """Say farewell and close, within the linger time."""
         if self._state:
             return
         self._leave(_State.CLOSING, reason)
         if reason is not CloseReason.ENDED:
-            farewell = self._host.farewell(words)
+            farewell = self._host.farewell(words, retry_after)
             if farewell is not None:
                 self.put(farewell)
         if self._paused and self._started and not self._eof:
@@ -482,7 +492,7 @@ class Peer(Generic[M]):
     def _on_end(self, error: OSError | None) -> None:
         self._eof = True
         if error is not None:
-            self.abort(CloseReason.RESET)
+            self.abort(CloseReason.HANDSHAKE if isinstance(error, HandshakeFailed) else CloseReason.RESET)
         elif self._state is _State.LINGERING:
             self.abort(CloseReason.ENDED)
         elif not self._state:

@@ -14,6 +14,7 @@ class CloseReason(enum.Enum):
 
     ENDED = "ended"  #: the other side closed, after everything it sent was served
     RESET = "reset"  #: the connection was lost
+    HANDSHAKE = "handshake"  #: the connection was to be encrypted, and that failed or took too long
     PROTOCOL = "protocol"  #: the other side broke the rules of the wire
     SILENT = "silent"  #: no frame came within ``first_frame_within``
     IDLE = "idle"  #: no frame came within ``idle_within``
@@ -22,6 +23,7 @@ class CloseReason(enum.Enum):
     CLOSED = "closed"  #: `Peer.close` was called
     FAILED = "failed"  #: the handler failed, and the wire has no words to say so
     FULL = "full"  #: the server has as many connections as it may
+    REFUSED = "refused"  #: it was not admitted
     DRAINED = "drained"  #: the server shuts down
 
 

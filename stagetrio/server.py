@@ -23,6 +23,7 @@ import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
 
 from stagetrio.accept import Acceptor
+from stagetrio.admission import Admission, AdmissionStatistics, TurnedAway
 from stagetrio.codec import Codec
 from stagetrio.exchange import Exchange, Handler, Item
 from stagetrio.fair_queue import FairQueue
@@ -42,6 +43,7 @@ from stagetrio.watchdog import Watchdog
 M = TypeVar("M")
 Hook = Callable[[Peer[M]], Awaitable[object]]
 
+MAX_FAREWELLS = 256  # connections that are being told why they are turned away; further ones are just closed
 ROOM_BATCH = 16  # peers offered the room that a slice has made
 
 
@@ -52,7 +54,8 @@ class ServerStatistics:
     Args:
         connections: Open now, closing ones included.
         accepted: Connections accepted.
-        refused_connections: Connections turned away because there were ``max_connections``.
+        refused_connections: Connections turned away, because there were ``max_connections`` or by the admission.
+        admission: Whom the admission has let in, and why not the others.
         accept_errors: Times `accept` failed, among them those without descriptors or memory.
         closed: ``{reason: connections}`` that ended so.
         discarded: Messages dropped unhandled because their connection had ended.
@@ -65,6 +68,7 @@ class ServerStatistics:
     connections: int
     accepted: int
     refused_connections: int
+    admission: AdmissionStatistics
     accept_errors: int
     closed: dict[CloseReason, int]
     discarded: int
@@ -85,6 +89,7 @@ class StageServer(Generic[M]):
         codec: Codec[M] | None,
         limits: PeerLimits,
         max_connections: float,
+        admission: Admission | None,
         max_items: int,
         workers: int,
         refuse: bool,
@@ -108,6 +113,8 @@ class StageServer(Generic[M]):
         called = handler if watchdog is None else self._handle_on_lane
         self._exchange = Exchange(called, framing, codec, on_error, on_refused)
         self._max_connections = max_connections
+        self._admission = Admission() if admission is None else admission
+        self._turned_away: set[Peer[M]] = set()  # while they are told so
         self._refuse = refuse
         self._handler_of = handler_of
         self._flow = flow
@@ -136,7 +143,7 @@ class StageServer(Generic[M]):
         self._touched: list[Peer[Any]] = []
         self._flusher: Task | None = None  # while it waits
         self._scope = trio.CancelScope()
-        self._acceptor = Acceptor(self._hub, self._welcome)
+        self._acceptor = Acceptor(self._hub, self._reaper, self._welcome, pace=self._admission.pace)
         self._emptied = trio.Event()
         self._ended = trio.Event()
         self._pool: NurseryPool
@@ -155,6 +162,7 @@ class StageServer(Generic[M]):
             connections=len(self._peers),
             accepted=self._accepted,
             refused_connections=self._refused_connections,
+            admission=self._admission.statistics(),
             accept_errors=self._acceptor.errors,
             closed=dict(self._closed),
             discarded=self._exchange.discarded,
@@ -247,15 +255,40 @@ class StageServer(Generic[M]):
 
     def _welcome(self, transport: Transport, address: Address | None) -> None:
         self._accepted += 1
+        if len(self._peers) - len(self._turned_away) >= self._max_connections:
+            self._turn_away(transport, address, CloseReason.FULL, self._admission.full())
+            return
+        try:
+            refused = self._admission.enter(address)
+        except BaseException:  # the owner's filter failed: the server ends
+            transport.close()
+            raise
+        if refused is not None:
+            self._turn_away(transport, address, CloseReason.REFUSED, refused)
+            return
+        peer = self._take_in(transport, address)
+        if self._on_connect is None:
+            peer.start()
+        else:
+            self._pool.spawn_nowait(self._connect, self._on_connect, peer, key=peer)
+
+    def _take_in(self, transport: Transport, address: Address | None) -> Peer[M]:
         peer: Peer[M] = Peer(self, transport, address, self._framing.decoder())
         self._peers[peer] = None
         self.move(peer, peer if self._flow is None else self._flow(peer))
-        if len(self._peers) > self._max_connections:
-            self._refused_connections += 1
-            peer.end(CloseReason.FULL, "the server has as many connections as it may")
-        elif self._on_connect is not None:
-            self._pool.spawn_nowait(self._connect, self._on_connect, peer, key=peer)
+        return peer
+
+    def _turn_away(
+        self, transport: Transport, address: Address | None, reason: CloseReason, refused: TurnedAway
+    ) -> None:
+        self._refused_connections += 1
+        if len(self._turned_away) >= MAX_FAREWELLS:
+            self._closed[reason] += 1
+            transport.close()
             return
+        peer = self._take_in(transport, address)
+        self._turned_away.add(peer)
+        peer.end(reason, refused.words, refused.retry_after)
         peer.start()
 
     async def _connect(self, on_connect: Hook[M], peer: Peer[M]) -> None:
@@ -333,8 +366,8 @@ class StageServer(Generic[M]):
     def frame_of(self, message: M) -> bytes:
         return self._exchange.frame_of(message)
 
-    def farewell(self, words: str) -> bytes | None:
-        return self._exchange.farewell(words)
+    def farewell(self, words: str, retry_after: float) -> bytes | None:
+        return self._exchange.farewell(words, retry_after)
 
     def move(self, peer: Peer[Any], flow: Hashable) -> None:
         if peer.channel is not None:
@@ -356,10 +389,17 @@ class StageServer(Generic[M]):
     def gone(self, peer: Peer[Any]) -> None:
         del self._peers[peer]
         self._pool.cancel(peer, "the connection ended")
-        if self._on_disconnect is not None:
-            self._pool.spawn_nowait(self._on_disconnect, peer)
+        if peer in self._turned_away:
+            self._turned_away.remove(peer)
+        else:
+            self._left(peer)
         if self._draining and not self._peers:
             self._emptied.set()
+
+    def _left(self, peer: Peer[M]) -> None:
+        self._admission.leave(peer.address)
+        if self._on_disconnect is not None:
+            self._pool.spawn_nowait(self._on_disconnect, peer)
 
 
 def _peer_of(item: Item) -> Peer[Any]:
@@ -378,6 +418,7 @@ async def serve_stage(
     workers: int = 100,
     max_items: int = 10_000,
     max_connections: float = 10_000,
+    admission: Admission | None = None,
     refuse: bool = False,
     max_handling: float = inf,
     watchdog: Watchdog | None = None,
@@ -410,6 +451,8 @@ async def serve_stage(
         workers: Handlers that may be waiting for something at once.
         max_items: Messages queued, of all peers.
         max_connections: Connections at once; one more is closed with a farewell.
+        admission: Who may connect: how many per address, how fast, and a filter. By default everybody; who finds the
+            server full is told to come back within 10 seconds.
         refuse: Answer messages for which the queue has no room by a refusal, instead of leaving their socket unread.
         max_handling: Seconds from a handler's first wait after which it is cancelled.
         watchdog: What forces handlers that hold the loop to a checkpoint. Read first who must not be forced:
@@ -422,7 +465,7 @@ async def serve_stage(
         limits: The rules for every peer.
         on_connect: Called with a new peer; nothing is read from it before this returns. `Peer.start_soon` starts what
             shall live as long as the connection.
-        on_disconnect: Called with a peer that is gone.
+        on_disconnect: Called with a peer that is gone, unless it had been turned away at the door.
         on_error: Called with a peer and what its handler, or a hook, raised. The peer is told that it failed (by
             `stagetrio.codec.Failed`, or, without a codec, by the end of its connection). Without ``on_error``, the
             exception ends the server.
@@ -444,6 +487,7 @@ async def serve_stage(
         codec=codec,
         limits=PeerLimits() if limits is None else limits,
         max_connections=max_connections,
+        admission=admission,
         max_items=max_items,
         workers=workers,
         refuse=refuse,

@@ -29,6 +29,10 @@ OnEnd = Callable[[OSError | None], None]
 OnWritable = Callable[[], None]
 
 
+class HandshakeFailed(ConnectionError):
+    """A connection ended before both sides had agreed on how to speak."""
+
+
 class Transport(Protocol):
     """Bytes to and from one peer."""
 

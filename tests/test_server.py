@@ -2,150 +2,30 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from math import inf
 from typing import Any
 
-import attrs
 import pytest
 import trio
+from served import CODEC, FRAMING, Raw, Say, closed_by, serving, shout
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from stagetrio.client import RequestFailed, open_client
-from stagetrio.codec import Closed, Codec, Done, Failed, Refused
+from stagetrio.codec import Closed, Done, Failed, Refused
 from stagetrio.framing import LengthPrefixed
 from stagetrio.limiter import Overloaded
 from stagetrio.peer import Peer
 from stagetrio.rules import CloseReason, PeerLimits
-from stagetrio.server import StageServer, serve_stage
+from stagetrio.server import serve_stage
 from stagetrio.sockets import TcpAddress, UnixAddress, address_of, connect, open_listeners
 from stagetrio.watchdog import BudgetExceeded, open_watchdog
-
-FRAMING = LengthPrefixed(1000)
-
-
-@attrs.frozen
-class Say:
-    text: str
-
-
-@attrs.frozen
-class Burn:
-    seconds: float
-
-
-CODEC: Codec[Any] = Codec([Say, Burn])
-
-
-class Raw:
-    """A client that speaks in frames, or in any bytes it likes."""
-
-    def __init__(self, stream: trio.abc.HalfCloseableStream) -> None:
-        self.stream = stream
-        self._decoder = FRAMING.decoder()
-        self._frames: list[bytes] = []
-
-    async def send(self, *payloads: bytes) -> None:
-        await self.stream.send_all(b"".join(FRAMING.encode(payload) for payload in payloads))
-
-    async def receive(self) -> bytes | None:
-        """Return the next frame, or None at the end of the connection."""
-        while not self._frames:
-            data = await self.stream.receive_some()
-            if not data:
-                return None
-            self._frames = self._decoder.receive_data(bytes(data))
-        return self._frames.pop(0)
-
-    async def receive_all(self) -> list[bytes]:
-        frames = []
-        while (frame := await self.receive()) is not None:
-            frames.append(frame)
-        return frames
-
-    async def message(self) -> Any:
-        frame = await self.receive()
-        return None if frame is None else CODEC.decode(frame)[0]
-
-
-class StreamListener(trio.abc.Listener[trio.abc.Stream]):
-    """Connections which the server cannot know to be sockets, so that they go the way of streams."""
-
-    def __init__(self) -> None:
-        self._connect, self._accept = trio.open_memory_channel[trio.abc.Stream](10)
-
-    async def accept(self) -> trio.abc.Stream:
-        return await self._accept.receive()
-
-    async def aclose(self) -> None:
-        await self._accept.aclose()
-
-    async def connect(self) -> trio.SocketStream:
-        ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(sock)) for sock in socket.socketpair())
-        try:
-            await self._connect.send(trio.StapledStream(theirs, theirs))
-        except trio.BrokenResourceError:
-            ours.socket.close()
-            theirs.socket.close()
-            raise
-        return ours
-
-
-@attrs.frozen
-class Running:
-    """A server under test and the ways to it."""
-
-    server: StageServer[Any]
-    connect: Callable[[], Any]
-
-
-async def echo(peer: Peer[bytes], message: bytes) -> bytes:
-    return message
-
-
-async def shout(peer: Peer[Any], message: Any) -> Any:
-    return Say(message.text.upper())
-
-
-@asynccontextmanager
-async def serving(kind: str, handler: Any = echo, **options: Any) -> AsyncIterator[Running]:
-    """Run a server over TCP sockets in the hub, or over streams with tasks of their own."""
-    options = {"framing": FRAMING, **options}
-    dialled: list[trio.SocketStream] = []
-    async with trio.open_nursery() as nursery:
-        if kind == "tcp":
-            listeners: Any = await open_listeners("tcp://127.0.0.1:0")
-            connection = partial(connect, address_of(listeners[0].socket))
-        else:
-            listeners = [StreamListener()]
-            connection = listeners[0].connect
-        server = await nursery.start(partial(serve_stage, handler, listeners, **options))
-
-        async def dial() -> Raw:
-            dialled.append(await connection())
-            return Raw(dialled[-1])
-
-        try:
-            yield Running(server, dial)
-        finally:
-            for stream in dialled:
-                await trio.aclose_forcefully(stream)
-        nursery.cancel_scope.cancel()
 
 
 @pytest.fixture(params=["tcp", "stream"])
 def kind(request: pytest.FixtureRequest) -> Any:
     return request.param
-
-
-async def closed_by(running: Running, reason: CloseReason) -> None:
-    """Wait until the server has closed every connection, and check why it closed the last."""
-    while running.server.peers:
-        await trio.lowlevel.checkpoint()
-    assert running.server.statistics().closed.get(reason, 0) >= 1
 
 
 async def test_what_the_handler_returns_is_the_reply_in_order(kind: str) -> None:
@@ -537,7 +417,9 @@ async def test_the_server_is_full(kind: str) -> None:
             await client.send(CODEC.encode(Say("in"), 1))
             assert await client.message() == Say("IN")
         three = await running.connect()
-        assert await three.message() == Closed("the server has as many connections as it may")
+        farewell = await three.message()
+        assert farewell.reason == "the server has as many connections as it may"
+        assert 0 < farewell.retry_after <= 10
         await three.stream.aclose()
         await one.stream.aclose()
         while len(running.server.peers) > 1:
@@ -691,9 +573,7 @@ async def test_hooks_see_connections_come_and_go(kind: str) -> None:
         events.append("message")
         return message
 
-    async with serving(
-        kind, handler, codec=CODEC, on_connect=on_connect, on_disconnect=on_disconnect
-    ) as running:
+    async with serving(kind, handler, codec=CODEC, on_connect=on_connect, on_disconnect=on_disconnect) as running:
         client = await running.connect()
         await client.send(CODEC.encode(Say("x"), 1))
         await wait_all_tasks_blocked(0.01)
