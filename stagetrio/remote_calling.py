@@ -167,7 +167,6 @@ class CallingConnection:
         self._check_alive()
         if self._places >= self.max_in_flight:
             await self._waiting.park()
-            self._check_alive()
         else:
             self._places += 1
         try:
