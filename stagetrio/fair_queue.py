@@ -260,12 +260,15 @@ class FairQueue(Generic[F, T]):
             self._count(len(run.items))
         return runs
 
-    def put_back(self, run: Run[F, T]) -> None:
+    def put_back(self, run: Run[F, T]) -> bool:
         """Give the items of a run that have not begun back to the front of their flow, to be ordered anew.
 
-        They count as queued again, also where others have taken their places.
+        Returns whether there was room for them; where others have taken their places, they stay in the run.
         """
+        if self._intake.items + len(run.items) > self._intake.max_items:
+            return False
         self._count(-put_back(run))
+        return True
 
     async def receive_run(self, quantum: float) -> Run[F, T]:
         """Wait for an item, and return it as a run; `receive_runs_nowait` then gives more at once.

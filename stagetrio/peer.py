@@ -31,6 +31,7 @@ from __future__ import annotations
 import enum
 import ssl
 from collections.abc import Awaitable, Callable, Hashable
+from itertools import count
 from math import inf
 from typing import Any, Generic, Protocol, TypeVar, TypeVarTuple
 
@@ -45,6 +46,8 @@ from stagetrio.transport import HandshakeFailed, Transport
 
 M = TypeVar("M")
 Ts = TypeVarTuple("Ts")
+
+_serial = count(1)
 
 
 class _State(enum.IntEnum):
@@ -149,6 +152,7 @@ class Peer(Generic[M]):
         "channel",
         "closed",
         "data",
+        "has_own_flow",
     )
 
     def __init__(self, host: Host, transport: Transport, address: Address | None, decoder: FrameDecoder) -> None:
@@ -159,7 +163,9 @@ class Peer(Generic[M]):
         self._transport = transport
         self._address = address
         self._decoder = decoder
-        self._flow: Hashable = self
+        # Not the peer itself: the queue remembers flows for longer than their connections last.
+        self._flow: Hashable = f"connection {next(_serial)}"
+        self.has_own_flow = True
         self._state = _State.OPEN
         self._reason: CloseReason | None = None
         self._end_after: tuple[CloseReason, str] | None = None
@@ -205,13 +211,14 @@ class Peer(Generic[M]):
     def flow(self) -> Hashable:
         """Whose share this peer's messages take from; set it when the other side has said who it is.
 
-        Messages already queued stay where they are.
+        Until then it is a flow of the connection's own. Messages already queued stay where they are.
         """
         return self._flow
 
     @flow.setter
     def flow(self, flow: Hashable) -> None:
         self._flow = flow
+        self.has_own_flow = False
         if not self.closed:
             self._host.move(self, flow)
 

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, 
 from itertools import islice
 from math import inf
 from typing import Any, Generic, TypeVar, cast
+from weakref import WeakMethod
 
 import attrs
 import trio
@@ -275,7 +276,10 @@ class StageServer(Generic[M]):
     def _take_in(self, transport: Transport, address: Address | None) -> Peer[M]:
         peer: Peer[M] = Peer(self, transport, address, self._framing.decoder())
         self._peers[peer] = None
-        self.move(peer, peer if self._flow is None else self._flow(peer))
+        if self._flow is None:
+            self.move(peer, peer.flow)
+        else:
+            peer.flow = self._flow(peer)
         return peer
 
     def _turn_away(
@@ -361,7 +365,14 @@ class StageServer(Generic[M]):
             reschedule(flusher)
 
     def check_at(self, peer: Peer[Any], when: float, check: Callable[[float], float]) -> None:
-        self._reaper.at(when, check)
+        # A check holds on to its peer for as long as the rule's period, if nothing else is done about it.
+        alive = WeakMethod(check)
+
+        def check_if_alive(now: float) -> float:
+            check = alive()
+            return inf if check is None else check(now)
+
+        self._reaper.at(when, check_if_alive)
 
     def frame_of(self, message: M) -> bytes:
         return self._exchange.frame_of(message)
@@ -380,8 +391,8 @@ class StageServer(Generic[M]):
     def ending(self, peer: Peer[Any], reason: CloseReason) -> None:
         self._closed[reason] += 1
         self._in_want_of_room.pop(peer, None)
-        if peer.flow is peer:  # a flow shared with other connections keeps its queue; the worker drops this peer's
-            self._exchange.discarded += len(self._queue.discard(peer))
+        if peer.has_own_flow:  # the queue of a flow shared with others stays; the worker drops this peer's from it
+            self._exchange.discarded += len(self._queue.discard(peer.flow))
         peer.channel.close()
         if self._cancel_on_disconnect:
             self._stage.cancel(peer)

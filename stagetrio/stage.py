@@ -329,9 +329,11 @@ class Stage(Generic[T]):
             self._batch.reverse()
 
     def _put_back(self) -> None:
-        for run in self._batch:  # the latest first, so that each flow's come back in order
-            self._queue.put_back(run)
-        self._batch.clear()
+        batch = self._batch  # the latest first, so that each flow's come back in order
+        returned = 0
+        while returned < len(batch) and self._queue.put_back(batch[returned]):
+            returned += 1
+        del batch[:returned]
 
     def _begin(self, worker: Worker[T], lane: Lane, run: Run[Any, T], item: T) -> None:
         worker.run, worker.item = run, item

@@ -72,6 +72,25 @@ def test_what_is_put_back_comes_again_in_order() -> None:
     assert queue.statistics().in_hand == 0
 
 
+def test_what_has_no_place_any_more_is_not_put_back() -> None:
+    """The bound of the queue holds: items whose places have been taken stay with who took them."""
+    queue: FairQueue[str, int] = FairQueue(4)
+    for item in range(4):
+        queue.send_nowait("a", item)
+    (run,) = queue.receive_runs_nowait(1, 1.0)
+    run.settle(1, 0.1)
+    (run,) = queue.receive_runs_nowait(2, 1.0)
+    for item in range(4, 7):
+        queue.send_nowait("a", item)
+    assert not queue.put_back(run)
+    assert list(reversed(run.items)) == [1, 2]
+    assert queue.statistics().items == 4
+    assert queue.receive_nowait() == 3
+    assert queue.receive_nowait() == 4
+    assert queue.put_back(run)
+    assert queue.statistics().items == 4
+
+
 def test_an_item_of_its_own_is_settled_on_its_own() -> None:
     """A run can be settled part by part, and gives items away one by one."""
     queue = settled_queue({"a": 0.1}, 10)

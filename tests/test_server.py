@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import suppress
 from functools import partial
 from math import inf
@@ -693,6 +695,27 @@ async def test_many_connections_under_one_flow_share_one_share(kind: str) -> Non
         while len(served) < 100:
             await trio.lowlevel.checkpoint()
         assert served[:20].count(b"s") in (9, 10)
+
+
+async def test_nothing_of_a_closed_connection_is_kept(kind: str) -> None:
+    """What the queue remembers of flows holds on to no peer."""
+    seen: list[weakref.ref[Any]] = []
+
+    async def handler(peer: Peer[bytes], message: bytes) -> bytes:
+        seen.append(weakref.ref(peer))
+        return message
+
+    async with serving(kind, handler) as running:
+        for _ in range(20):
+            client = await running.connect()
+            await client.send(b"x")
+            assert await client.receive() == b"x"
+            await client.stream.aclose()
+        await closed_by(running, CloseReason.ENDED)
+        await wait_all_tasks_blocked()
+        gc.collect()
+        # The latest may still be the item in hand of an idle worker.
+        assert sum(peer() is not None for peer in seen) <= 1
 
 
 async def test_peers_know_where_they_come_from(tmp_path: Any) -> None:
