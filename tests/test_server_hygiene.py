@@ -1,0 +1,210 @@
+"""Connections that keep the rules stay, those that do not are told why and closed, and what is held is bounded."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import trio
+from served import CODEC, FRAMING, Say, closed_by, serving, shout
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from stagetrio.codec import Closed
+from stagetrio.framing import LengthPrefixed
+from stagetrio.limiter import Overloaded
+from stagetrio.peer import Peer
+from stagetrio.rules import CloseReason, PeerLimits
+
+
+@pytest.fixture(params=["tcp", "stream"])
+def kind(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+async def test_a_silent_connection_is_closed(kind: str, autojump_clock: MockClock) -> None:
+    """Whoever says nothing is told so and closed at the deadline; whoever spoke stays."""
+    limits = PeerLimits(first_frame_within=5, linger=1)
+    async with serving(kind, shout, codec=CODEC, limits=limits) as running:
+        talker, silent = await running.connect(), await running.connect()
+        await talker.send(CODEC.encode(Say("hello"), 1))
+        start = trio.current_time()
+        assert await silent.message() == Closed("no message came within 5 s")
+        assert 5 <= trio.current_time() - start <= 5.5
+        await trio.sleep(60)
+        assert len(running.server.peers) == 1
+        assert running.server.statistics().closed == {CloseReason.SILENT: 1}
+
+
+async def test_an_idle_connection_is_closed(kind: str, autojump_clock: MockClock) -> None:
+    """The time without a message counts, not the time since the connection began."""
+    limits = PeerLimits(idle_within=5)
+    async with serving(kind, shout, codec=CODEC, limits=limits) as running:
+        client = await running.connect()
+        for _ in range(5):
+            await trio.sleep(4)
+            await client.send(CODEC.encode(Say("hello"), 1))
+            assert await client.message() == Say("HELLO")
+        start = trio.current_time()
+        assert await client.message() == Closed("no message came for 5 s")
+        assert 4.9 <= trio.current_time() - start <= 5.6
+
+
+async def test_a_frame_that_drips_is_cut_off_at_its_deadline(kind: str, autojump_clock: MockClock) -> None:
+    """A byte a second keeps no connection alive: the deadline of a frame is absolute."""
+    limits = PeerLimits(frame_within=10, min_receive_rate=240)
+    async with serving(kind, shout, codec=CODEC, limits=limits) as running:
+        client = await running.connect()
+        start = trio.current_time()
+        async with trio.open_nursery() as nursery:
+
+            async def drip() -> None:
+                for byte in FRAMING.encode(CODEC.encode(Say("x" * 500), 1)):
+                    await client.stream.send_all(bytes([byte]))
+                    await trio.sleep(1)
+
+            nursery.start_soon(drip)
+            assert await client.message() == Closed("a frame took longer than 10 s")
+            assert 10 <= trio.current_time() - start <= 10.6
+            nursery.cancel_scope.cancel()
+        await trio.aclose_forcefully(client.stream)
+        await closed_by(running, CloseReason.SLOW_FRAME)
+
+
+async def test_a_slow_but_honest_upload_survives(kind: str, autojump_clock: MockClock) -> None:
+    """A frame may take longer than its deadline while it comes faster than the minimum rate."""
+    framing = LengthPrefixed(100_000)
+    limits = PeerLimits(frame_within=10, min_receive_rate=240)
+    async with serving(kind, framing=framing, limits=limits) as running:
+        client = await running.connect()
+        wire = framing.encode(b"x" * 20_000)
+        for at in range(0, len(wire), 300):
+            await client.stream.send_all(wire[at : at + 300])
+            await trio.sleep(1)
+        received = b""
+        while len(received) < len(wire):
+            received += await client.stream.receive_some()
+        assert received == wire
+
+
+async def test_the_server_is_full(kind: str) -> None:
+    """One connection too many is told so and closed; when one leaves, there is room again."""
+    async with serving(kind, shout, codec=CODEC, max_connections=2) as running:
+        one, two = await running.connect(), await running.connect()
+        for client in (one, two):
+            await client.send(CODEC.encode(Say("in"), 1))
+            assert await client.message() == Say("IN")
+        three = await running.connect()
+        farewell = await three.message()
+        assert farewell.reason == "the server has as many connections as it may"
+        assert 0 < farewell.retry_after <= 10
+        await three.stream.aclose()
+        await one.stream.aclose()
+        while len(running.server.peers) > 1:
+            await trio.lowlevel.checkpoint()
+        four = await running.connect()
+        await four.send(CODEC.encode(Say("in"), 1))
+        assert await four.message() == Say("IN")
+        assert running.server.statistics().refused_connections == 1
+
+
+async def test_a_full_outbox_refuses_and_send_waits_for_room(kind: str) -> None:
+    """``send_nowait`` says `Overloaded` at the bound, ``send`` waits until the other side has read."""
+    peers: list[Peer[bytes]] = []
+
+    async def handler(peer: Peer[bytes], message: bytes) -> None:
+        peers.append(peer)
+
+    framing = LengthPrefixed(10_000_000)
+    chunk = b"x" * 5_000_000
+    limits = PeerLimits(max_outbox_bytes=1_000_000)
+    async with serving(kind, handler, framing=framing, limits=limits) as running:
+        client = await running.connect()
+        await client.stream.send_all(framing.encode(b"hello"))
+        while not peers:
+            await trio.lowlevel.checkpoint()
+        sent = 0
+        while peers[0].statistics().outbox_bytes < 1_000_000:
+            peers[0].send_nowait(chunk)
+            sent += 1
+            await wait_all_tasks_blocked(0.01)
+        with pytest.raises(Overloaded) as caught:
+            peers[0].send_nowait(chunk)
+        assert caught.value.reason == "outbox"
+
+        with trio.move_on_after(0):
+            await peers[0].send(chunk)
+
+        async def read() -> None:
+            received = 0
+            while received < (sent + 1) * (len(chunk) + 4):
+                received += len(await client.stream.receive_some())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(peers[0].send, chunk)
+            await wait_all_tasks_blocked()
+            await read()
+        assert peers[0].statistics().outbox_bytes == 0
+
+
+async def test_a_reader_that_does_not_read_is_cut_off(kind: str, autojump_clock: MockClock) -> None:
+    """Output that is not read within the grace ends the connection; what is held for it stays within the bound."""
+
+    async def handler(peer: Peer[bytes], message: bytes) -> bytes:
+        return bytes(900)
+
+    limits = PeerLimits(max_outbox_bytes=10_000, send_grace=5, min_send_rate=100)
+    async with serving(kind, handler, limits=limits) as running:
+        client = await running.connect()
+        most = 0.0
+        with trio.move_on_after(60):
+            while True:
+                with suppress(trio.BrokenResourceError):
+                    await client.send(*[b"more"] * 10)
+                for peer in running.server.peers:
+                    most = max(most, peer.statistics().outbox_bytes)
+                if running.server.statistics().closed:
+                    break
+                await trio.sleep(0.001)
+        assert running.server.statistics().closed == {CloseReason.SLOW_READER: 1}
+        assert most <= 10_000 + 64 * 904
+
+
+async def test_nothing_of_a_closed_connection_is_kept(kind: str) -> None:
+    """What the queue remembers of flows holds on to no peer."""
+    seen: list[weakref.ref[Any]] = []
+
+    async def handler(peer: Peer[bytes], message: bytes) -> bytes:
+        seen.append(weakref.ref(peer))
+        return message
+
+    async with serving(kind, handler) as running:
+        for _ in range(20):
+            client = await running.connect()
+            await client.send(b"x")
+            assert await client.receive() == b"x"
+            await client.stream.aclose()
+        await closed_by(running, CloseReason.ENDED)
+        await wait_all_tasks_blocked()
+        gc.collect()
+        # The latest may still be the item in hand of an idle worker.
+        assert sum(peer() is not None for peer in seen) <= 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error"),
+    [
+        ("max_decoded", 0, ValueError),
+        ("max_outbox_bytes", "1", TypeError),
+        ("first_frame_within", -1, ValueError),
+        ("min_send_rate", -1, ValueError),
+        ("min_receive_rate", True, TypeError),
+        ("linger", 0, ValueError),
+    ],
+)
+def test_wrong_limits_are_named(argument: str, value: object, error: type[Exception]) -> None:
+    """The message says which limit was wrong and what it was."""
+    with pytest.raises(error, match=f"{argument}.*{value!r}"):
+        PeerLimits(**{argument: value})  # type: ignore[arg-type]
