@@ -1,8 +1,12 @@
 """Addresses, and the sockets behind them.
 
 An address is a string a person can type into a shell: ``tcp://127.0.0.1:8800``, ``tcp://[::1]:8800``,
-``unix:///run/game.sock`` (a path relative to the working directory has no third slash: ``unix://game.sock``).
+``unix:///run/game.sock`` (a path relative to the working directory has no third slash: ``unix://game.sock``),
+``fd://3`` for a listening socket which whoever started this process has opened (see `inherited_addresses`).
 `parse_address` turns it into a value, `open_listeners` into listening sockets, `connect` into a stream.
+
+Which families a TCP listener serves: ``tcp://192.0.2.1:80`` IPv4, ``tcp://[2001:db8::1]:80`` IPv6, ``tcp://[::]:80``
+both by one socket (IPv4 addresses appear as ``::ffff:192.0.2.1``), ``tcp://:80`` both by a socket each.
 
 What is set on every TCP connection, and why:
 
@@ -13,7 +17,11 @@ TCP_NODELAY      on       output is batched by the outbox already; Nagle's delay
 SO_KEEPALIVE     on       with 60 s idle, 10 s apart, 3 probes: a vanished peer is noticed within 90 s
 TCP_USER_TIMEOUT 90 s     the same bound while output waits to be acknowledged, when no probes are sent
 SO_REUSEADDR     on       (listeners) a restarted server can bind while old connections linger; not on Windows
-IPV6_V6ONLY      on       (IPv6 listeners) one listener per family, as trio does
+SO_REUSEPORT     choice   (listeners) several processes may listen on one port, and the kernel shares out connections;
+                          off by default, as it also lets another process of the same user take a share unnoticed
+IPV6_V6ONLY      on       (IPv6 listeners) one listener per family, as trio does; off for ``[::]``, which serves both
+SO_LINGER        unset    closing waits for nobody; the peers linger, within bounds, before they close
+backlog          1,024    connections waiting to be accepted; the kernel caps it at ``net.core.somaxconn``
 ================ ======== =================================================================================
 """
 
@@ -24,6 +32,7 @@ import os
 import socket
 import stat
 import sys
+from collections.abc import MutableMapping
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -66,7 +75,21 @@ class UnixAddress:
         return f"unix://{self.path}"
 
 
-Address = TcpAddress | UnixAddress
+@attrs.frozen
+class FdAddress:
+    """A listening socket inherited from the process that started this one.
+
+    Args:
+        fd: Its descriptor, ≥ 0.
+    """
+
+    fd: int
+
+    def __str__(self) -> str:
+        return f"fd://{self.fd}"
+
+
+Address = TcpAddress | UnixAddress | FdAddress
 
 
 def parse_address(address: str) -> Address:
@@ -79,13 +102,17 @@ def parse_address(address: str) -> Address:
         raise TypeError(f"address must be a str, not {address!r}")
     scheme, separator, rest = address.partition("://")
     if not separator:
-        raise ValueError(f"address must start with tcp:// or unix://, not {address!r}")
+        raise ValueError(f"address must start with tcp://, unix:// or fd://, not {address!r}")
     if scheme == "unix":
         if not rest or "\0" in rest:
             raise ValueError(f"address must be unix:///path/of.sock, not {address!r}")
         return UnixAddress(rest)
+    if scheme == "fd":
+        if not (rest.isascii() and rest.isdigit()):
+            raise ValueError(f"address must be fd:// and the number of a descriptor, not {address!r}")
+        return FdAddress(int(rest))
     if scheme != "tcp":
-        raise ValueError(f"address has an unknown scheme {scheme!r} (tcp and unix are known): {address!r}")
+        raise ValueError(f"address has an unknown scheme {scheme!r} (tcp, unix and fd are known): {address!r}")
     try:
         parts = urlsplit(address)
         port = parts.port
@@ -138,7 +165,9 @@ class UnixListener(trio.abc.Listener[trio.SocketStream]):
 SocketListener = trio.SocketListener | UnixListener
 
 
-async def open_listeners(*addresses: str | Address, backlog: int = BACKLOG) -> list[SocketListener]:
+async def open_listeners(
+    *addresses: str | Address, backlog: int = BACKLOG, reuse_port: bool = False, mode: int | None = None
+) -> list[SocketListener]:
     """Open listening sockets: one per Unix address, one per numeric address that a TCP host stands for.
 
     All or none: when one cannot be opened, those opened before it are closed.
@@ -146,10 +175,14 @@ async def open_listeners(*addresses: str | Address, backlog: int = BACKLOG) -> l
     Args:
         addresses: Where to listen, as text or parsed.
         backlog: Connections the kernel holds for each listener until they are accepted; ≥ 1.
+        reuse_port: Whether other processes may listen on the same TCP ports, if they say so too.
+        mode: Who may connect to the Unix sockets, as permission bits such as ``0o660``; by default as the umask has
+            it. Nobody can connect before it is set.
 
     Raises:
         ValueError: An address makes no sense.
-        OSError: The address is in use or not ours, or the path may not be written; the address is in the message.
+        OSError: The address is in use or not ours, the path may not be written, or the descriptor is no listening
+            socket; the address is in the message.
 
     Checkpoints: at least once; a cancellation leaves nothing open.
     """
@@ -157,16 +190,19 @@ async def open_listeners(*addresses: str | Address, backlog: int = BACKLOG) -> l
         raise ValueError("addresses must name at least one place to listen, not ()")
     if backlog < 1:
         raise ValueError(f"backlog must be at least 1, not {backlog!r}")
+    if mode is not None and not 0 <= mode <= 0o777:
+        raise ValueError(f"mode must be permission bits between 0 and 0o777, not {mode!r}")
     parsed = [parse_address(a) if isinstance(a, str) else a for a in addresses]
     listeners: list[SocketListener] = []
     try:
         for address in parsed:
             try:
                 if isinstance(address, UnixAddress):
-                    listeners.append(await _listen_unix(address.path, backlog))
+                    listeners.append(await _listen_unix(address.path, backlog, mode))
+                elif isinstance(address, FdAddress):
+                    listeners.append(_listen_inherited(address.fd))
                 else:
-                    host = address.host or None
-                    listeners += await trio.open_tcp_listeners(address.port, host=host, backlog=backlog)
+                    listeners += await _listen_tcp(address, backlog, reuse_port)
             except OSError as error:
                 raise _with_address(error, address) from error
     except BaseException:
@@ -181,12 +217,75 @@ def _with_address(error: OSError, address: Address) -> OSError:
     return type(error)(error.errno, f"cannot listen on {address}: {error.strerror or error}")
 
 
-async def _listen_unix(path: str, backlog: int) -> UnixListener:
+async def _listen_tcp(address: TcpAddress, backlog: int, reuse_port: bool) -> list[trio.SocketListener]:
+    if not reuse_port and address.host != "::":
+        return await trio.open_tcp_listeners(address.port, host=address.host or None, backlog=backlog)
+    found = await trio.socket.getaddrinfo(
+        address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    listeners: list[trio.SocketListener] = []
+    try:
+        for family, type_, protocol, _name, where in found:
+            sock = trio.socket.socket(family, type_, protocol)
+            try:
+                if sys.platform != "win32":
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if reuse_port:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address.host != "::")
+                await sock.bind(where)
+                sock.listen(backlog)
+                listeners.append(trio.SocketListener(sock))
+            except BaseException:
+                sock.close()
+                raise
+    except BaseException:
+        for listener in listeners:
+            listener.socket.close()
+        raise
+    return listeners
+
+
+def _listen_inherited(fd: int) -> trio.SocketListener:
+    sock = socket.socket(fileno=fd)  # from here on it is the listener's, and closed with it
+    try:
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise OSError(errno.EINVAL, "the descriptor is no listening socket")
+        sock.set_inheritable(False)
+        return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+    except BaseException:
+        sock.detach()
+        raise
+
+
+def inherited_addresses(environ: MutableMapping[str, str] = os.environ) -> list[FdAddress]:
+    """Return the listening sockets that a service manager has opened for this process, as addresses.
+
+    The protocol is that of systemd's socket activation: ``LISTEN_FDS`` descriptors from 3 on, meant for the process
+    ``LISTEN_PID``. The variables are removed, so that neither a second call nor a child takes them for its own.
+
+    Raises:
+        ValueError: ``LISTEN_FDS`` is set, but is no number.
+    """
+    pid, fds = environ.get("LISTEN_PID"), environ.get("LISTEN_FDS")
+    if pid != str(os.getpid()) or fds is None:
+        return []
+    if not (fds.isascii() and fds.isdigit()):
+        raise ValueError(f"LISTEN_FDS must be a number, not {fds!r}")
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        environ.pop(name, None)
+    return [FdAddress(fd) for fd in range(3, 3 + int(fds))]
+
+
+async def _listen_unix(path: str, backlog: int, mode: int | None) -> UnixListener:
     await trio.lowlevel.checkpoint()
     await _remove_stale(path)
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         await sock.bind(path)
+        if mode is not None:
+            os.chmod(path, mode)
         sock.listen(backlog)
         return UnixListener(sock, path)
     except BaseException:
@@ -225,6 +324,8 @@ async def connect(address: str | Address) -> trio.SocketStream:
     Checkpoints: at least once; a cancellation leaves nothing open.
     """
     parsed = parse_address(address) if isinstance(address, str) else address
+    if isinstance(parsed, FdAddress):
+        raise ValueError(f"address must be one to connect to, not {parsed}")
     if isinstance(parsed, UnixAddress):
         return await trio.open_unix_socket(parsed.path)
     stream = await trio.open_tcp_stream(parsed.host or "localhost", parsed.port)

@@ -400,7 +400,7 @@ EXAMPLE = "write for instance --bind tcp://127.0.0.1:8800"
 @pytest.mark.parametrize(
     ("address", "problem", "mend"),
     [
-        ("udp://h:1", "address has an unknown scheme 'udp' (tcp and unix are known): 'udp://h:1'", EXAMPLE),
+        ("udp://h:1", "address has an unknown scheme 'udp' (tcp, unix and fd are known): 'udp://h:1'", EXAMPLE),
         ("h:8800", "address must start with tcp:// or unix://, not 'h:8800'", EXAMPLE),
         (
             "tcp://h:99999",

@@ -11,11 +11,13 @@ import pytest
 import trio
 
 from stagetrio.sockets import (
+    FdAddress,
     SocketListener,
     TcpAddress,
     UnixAddress,
     address_of,
     connect,
+    inherited_addresses,
     open_listeners,
     parse_address,
     set_connection_options,
@@ -31,6 +33,7 @@ from stagetrio.sockets import (
         ("tcp://:80", TcpAddress("", 80)),
         ("unix:///run/game.sock", UnixAddress("/run/game.sock")),
         ("unix://game.sock", UnixAddress("game.sock")),
+        ("fd://3", FdAddress(3)),
     ],
 )
 def test_addresses_read_back_as_they_were_written(text: str, address: object) -> None:
@@ -54,6 +57,10 @@ def test_addresses_read_back_as_they_were_written(text: str, address: object) ->
         "tcp://[::1:80",
         "unix://",
         "unix:///a\0b",
+        "fd://",
+        "fd://-1",
+        "fd://x",
+        "fd://²",
     ],
 )
 def test_wrong_addresses_are_named(text: str) -> None:
@@ -173,3 +180,92 @@ async def test_connections_have_the_options_of_the_table() -> None:
     with one, other:
         set_connection_options(one)
         assert not one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+async def test_one_socket_serves_both_families() -> None:
+    """``tcp://[::]`` takes IPv6 and IPv4 on the same port, and tells the two apart."""
+    (listener,) = await open_listeners("tcp://[::]:0")
+    async with listener:
+        address = address_of(listener.socket)
+        assert isinstance(address, TcpAddress)
+        for host in ("127.0.0.1", "[::1]"):
+            assert await echo_once(listener, f"tcp://{host}:{address.port}") == b"hello"
+
+
+async def test_a_listener_of_one_family_leaves_the_other_alone() -> None:
+    """``tcp://[::1]`` does not take the port of IPv4."""
+    (six,) = await open_listeners("tcp://[::1]:0")
+    async with six:
+        address = address_of(six.socket)
+        assert isinstance(address, TcpAddress)
+        (four,) = await open_listeners(TcpAddress("127.0.0.1", address.port))
+        await four.aclose()
+
+
+async def test_a_port_is_shared_only_by_those_who_both_say_so() -> None:
+    """With ``reuse_port`` two listeners have the same port; without, the second fails."""
+    (one,) = await open_listeners("tcp://127.0.0.1:0", reuse_port=True)
+    async with one:
+        address = address_of(one.socket)
+        (two,) = await open_listeners(address, reuse_port=True)
+        assert address_of(two.socket) == address
+        await two.aclose()
+        with pytest.raises(OSError, match="cannot listen on tcp://") as caught:
+            await open_listeners(address)
+        assert caught.value.errno == errno.EADDRINUSE
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o666])
+async def test_a_unix_socket_has_the_permissions_it_was_given(tmp_path: Path, mode: int) -> None:
+    """Whatever the umask says."""
+    (listener,) = await open_listeners(f"unix://{tmp_path}/s.sock", mode=mode)
+    async with listener:
+        assert (tmp_path / "s.sock").stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("mode", [-1, 0o1777])
+async def test_permissions_must_be_permissions(mode: int) -> None:
+    """Before anything is opened."""
+    with pytest.raises(ValueError, match="mode must be permission bits between 0 and 0o777"):
+        await open_listeners("tcp://127.0.0.1:0", mode=mode)
+
+
+async def test_an_inherited_socket_is_served_and_closed() -> None:
+    """What the process before us listened on is ours, with its address, and is not passed on to children."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    sock.set_inheritable(True)
+    port = sock.getsockname()[1]
+    (listener,) = await open_listeners(f"fd://{sock.detach()}")
+    fd = listener.socket.fileno()
+    assert not os.get_inheritable(fd)
+    async with listener:
+        assert await echo_once(listener, f"tcp://127.0.0.1:{port}") == b"hello"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+async def test_a_descriptor_that_is_no_listening_socket_is_left_open(tmp_path: Path) -> None:
+    """The error names the address; the descriptor stays its owner's."""
+    with socket.socket() as unbound, (tmp_path / "file").open("w") as file:
+        for fd in (unbound.fileno(), file.fileno()):
+            with pytest.raises(OSError, match=f"cannot listen on fd://{fd}: "):
+                await open_listeners(f"fd://{fd}")
+            os.fstat(fd)
+
+
+def test_sockets_of_the_service_manager_are_taken_once() -> None:
+    """They are meant for this very process, and for no child of it."""
+    ours = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "2", "LISTEN_FDNAMES": "a:b", "HOME": "/"}
+    assert inherited_addresses(ours) == [FdAddress(3), FdAddress(4)]
+    assert ours == {"HOME": "/"}
+    theirs = {"LISTEN_PID": "1", "LISTEN_FDS": "2"}
+    assert inherited_addresses(theirs) == []
+    assert theirs == {"LISTEN_PID": "1", "LISTEN_FDS": "2"}
+    with pytest.raises(ValueError, match="LISTEN_FDS must be a number, not 'x'"):
+        inherited_addresses({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "x"})
+
+
+async def test_an_inherited_socket_is_no_place_to_connect_to() -> None:
+    """Only to listen on."""
+    with pytest.raises(ValueError, match="address must be one to connect to, not fd://3"):
+        await connect("fd://3")
