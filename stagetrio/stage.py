@@ -219,6 +219,7 @@ class Stage(Generic[T]):
                     await self._lead(worker)
             if worker.scope.cancelled_caught:
                 self._settle_cancelled(worker)
+            worker.cancelled = False
         self._workers -= 1
 
     async def _follow(self, worker: Worker[T]) -> None:
@@ -421,7 +422,6 @@ class Stage(Generic[T]):
         handler = self._handler if lane is None or lane.handler is None else lane.handler
         self._settle(worker)
         if worker.cancelled:
-            worker.cancelled = False
             self._cancelled += 1
             return
         self._overdue += 1

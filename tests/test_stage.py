@@ -252,6 +252,27 @@ async def test_an_overdue_handler_is_cancelled_and_the_rest_served(autojump_cloc
     assert stage.statistics().overdue == 1
 
 
+async def test_a_handler_that_ends_in_spite_of_a_cancellation_is_not_cancelled(autojump_clock: MockClock) -> None:
+    """It counts as handled, what is parked behind it is served, and the next deadline is a deadline."""
+    errors: list[tuple[Any, Exception]] = []
+
+    async def handler(item: str) -> None:
+        if item == "shielded":
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.5)
+        if item == "slow":
+            await trio.sleep(10)
+
+    async with running(handler, max_handling=1.0, on_error=lambda *args: errors.append(args)) as (queue, stage):
+        for item in ("shielded", "quick", "slow", "quick"):
+            queue.send_nowait("flow", item)
+        await wait_all_tasks_blocked()
+        assert stage.cancel("flow")
+    assert [(item, type(error)) for item, error in errors] == [("slow", trio.TooSlowError)]
+    statistics = stage.statistics()
+    assert (statistics.handled, statistics.cancelled, statistics.overdue) == (3, 0, 1)
+
+
 async def test_every_message_gets_a_ticket(autojump_clock: MockClock) -> None:
     """Handlers run under the ticket's limit, and a refusal of the ticket is the item's error."""
     now = most = 0
