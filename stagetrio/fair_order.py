@@ -84,6 +84,7 @@ class FairOrder(Generic[F, T]):
         self._rate = 0.0  # what flows' first items cost per declared unit
         self.virtual_time = 0.0
         self._since = 0.0  # normalised work booked since virtual time has moved
+        self._holds = 0  # calls of hold not undone yet
         self._filed = 0  # flows with items, not counting the woken
         self.in_hand = 0  # deliveries taken and not settled
         self.abandoned: deque[tuple[Flow[F, T], float, float]] = (
@@ -127,30 +128,31 @@ class FairOrder(Generic[F, T]):
 
     def file_woken(self) -> None:
         """Give the flows that have got a first item their places. Whatever looks at the places does this first."""
-        woken = self.woken
+        woken, rank, now = self.woken, self._newcomers, self.virtual_time
         self._filed += len(woken)
-        rank, now = self._newcomers, self.virtual_time
-        ranked, last = self._by_size, rank.bucket
-        last_tag = rank.tag
-        for record in woken:
-            if record.held:
-                continue
-            tag = record.finish + record.reserved
-            if tag <= now:
-                tag = now
-                record.finish = now - record.reserved
-            if ranked:
-                self._enter(record, tag)
-            elif tag == last_tag:
-                record.filed = tag
-                last.append(record)
-            else:
-                rank.file(record, tag)
-                last_tag = tag
-                last = rank.bucket if tag == rank.tag else rank.buckets[tag]
+        if self._by_size or self.in_hand or self._holds:
+            for record in woken:
+                if not record.held:
+                    self._enter(record)
+        else:
+            tag, bucket = rank.tag, rank.bucket  # of the latest record: most stand where the one before them does
+            for record in woken:
+                mine = record.finish
+                if mine < now:
+                    record.finish = mine = now
+                if mine == tag:
+                    record.filed = mine
+                    bucket.append(record)
+                else:
+                    tag = mine
+                    bucket = rank.file(record, tag)
         woken.clear()
 
-    def _enter(self, record: Flow[F, T], tag: float) -> None:
+    def _enter(self, record: Flow[F, T]) -> None:
+        tag = record.finish + record.reserved
+        if tag < self.virtual_time:
+            tag = self.virtual_time
+            record.finish = tag - record.reserved
         self._weight += record.weight
         self._file(record, tag)
 
@@ -208,13 +210,13 @@ class FairOrder(Generic[F, T]):
             self.woken.append(record)
 
     def pass_item(self, record: Flow[F, T], cost: float) -> None:
-        """Book an item that is handed to a receiver straight away, since nothing else waits for one."""
+        """Book an item that is handed over straight away, since nothing else is queued and nothing in hand."""
         finish = record.finish
         if finish > self.virtual_time:
             self.virtual_time = finish
             self._since = 0.0
-        elif finish + record.reserved < self.virtual_time:
-            finish = self.virtual_time - record.reserved
+        else:
+            finish = self.virtual_time
         lift = cost * record.inverse
         self._since += lift
         record.finish = finish + lift
@@ -288,10 +290,13 @@ class FairOrder(Generic[F, T]):
                 self.settle(delivery._record, delivery.declared, delivery._estimate, delivery.declared)
             return [delivery.item for delivery in taken]
         if self.woken:
+            if not self._filed and len(self.woken) == 1 and self.woken[0].rest is None and not self._holds:
+                return [self._take_lone(self.woken.pop())]
             self.file_woken()
         rank = self._newcomers
         buckets, tags = rank.buckets, rank.tags
         items: list[T] = []
+        idle = 0
         while len(items) < max_items:
             bucket, begin, tag = rank.bucket, rank.next, rank.tag
             if begin == len(bucket):
@@ -305,6 +310,7 @@ class FairOrder(Generic[F, T]):
             if begin + 1 == len(bucket) and bucket[begin].filed == tag:
                 self._take_run(bucket[begin], items, max_items)
                 continue
+            since = self._since
             for record in bucket[begin : begin + max_items - len(items)]:
                 begin += 1
                 if record.filed != tag:
@@ -315,7 +321,7 @@ class FairOrder(Generic[F, T]):
                     lift *= record.costs.popleft()
                     if not record.costs:
                         record.costs = None
-                self._since += lift
+                since += lift
                 record.finish = finish = tag + lift
                 if record.rest:
                     record.first = record.rest.popleft()
@@ -330,10 +336,21 @@ class FairOrder(Generic[F, T]):
                     record.filed = None
                     record.first = EMPTY
                     record.rest = None
-                    self._filed -= 1
+                    idle += 1
+            self._since = since
             rank.next = begin
             rank.trim()
+        self._filed -= idle
         return items
+
+    def _take_lone(self, record: Flow[F, T]) -> T:
+        """Take the only item there is, which is not filed yet."""
+        item, record.first = record.first, EMPTY
+        cost = 1.0
+        if record.costs is not None:
+            cost, record.costs = record.costs[0], None
+        self.pass_item(record, cost)
+        return item
 
     def _take_run(self, record: Flow[F, T], items: list[T], max_items: int) -> None:
         """Serve a flow that is alone at its tag for as long as no other is due."""
@@ -463,23 +480,20 @@ class FairOrder(Generic[F, T]):
         if self.woken:
             self.file_woken()
         record.held += 1
+        self._holds += 1
         self._leave(record)
 
     def resume(self, record: Flow[F, T]) -> bool:
         """Undo one `hold`; True where the flow has items that can be served now. One too many does nothing."""
-        if record.held != 1:
-            record.held = max(0, record.held - 1)
+        if not record.held:
             return False
         if self.woken:
             self.file_woken()
-        record.held = 0
-        if record.first is EMPTY:
+        record.held -= 1
+        self._holds -= 1
+        if record.held or record.first is EMPTY:
             return False
-        tag = record.finish + record.reserved
-        if tag < self.virtual_time:
-            tag = self.virtual_time
-            record.finish = tag - record.reserved
-        self._enter(record, tag)
+        self._enter(record)
         return True
 
     def discard(self, record: Flow[F, T]) -> list[T]:

@@ -28,7 +28,17 @@ from typing import Any, Generic, cast, final
 import attrs
 import outcome
 import trio
-from trio.lowlevel import Abort, RaiseCancelT, current_task, enable_ki_protection, reschedule, wait_task_rescheduled
+from trio.lowlevel import (
+    Abort,
+    RaiseCancelT,
+    cancel_shielded_checkpoint,
+    checkpoint,
+    checkpoint_if_cancelled,
+    current_task,
+    enable_ki_protection,
+    reschedule,
+    wait_task_rescheduled,
+)
 
 from stagetrio.fair_order import FairOrder
 from stagetrio.flow import EMPTY, Delivery, F, Flow, T, check_positive
@@ -104,8 +114,9 @@ class FairQueue(Generic[F, T]):
         self._collecting = 0  # items that receivers woken and not yet run may still take
         self._take_items: Take = self._order.take_items
         self._take_deliveries: Take = self._order.take
+        self._singly = (self._take_items, 1)  # how `receive` waits
         self._opened = False
-        self._received = self._shed = self._discarded = 0
+        self._shed = self._discarded = 0
 
     def __repr__(self) -> str:
         return f"<FairQueue: {self._intake.items} of {self._intake.max_items} items, {self._order.backlogged} flows>"
@@ -185,6 +196,7 @@ class FairQueue(Generic[F, T]):
         """
         return cast(T, self._take_nowait(self._take_items, 1)[0])
 
+    @enable_ki_protection
     async def receive(self) -> T:
         """Wait for the next item in fair order; its declared cost is booked.
 
@@ -193,7 +205,22 @@ class FairQueue(Generic[F, T]):
 
         Checkpoints: Always. A cancelled receive has not taken anything.
         """
-        return (await self._take_wait(self._take_items, 1))[0]  # type: ignore[no-any-return]
+        await checkpoint_if_cancelled()
+        if self._intake.items:
+            taken = self._taken(self._take_items, 1)
+            if taken:
+                await cancel_shielded_checkpoint()
+                return cast(T, taken[0])
+        elif self._intake.closed:
+            raise trio.EndOfChannel
+        task = current_task()
+        self._receivers[task] = self._singly
+
+        def leave(_: RaiseCancelT) -> Abort:
+            del self._receivers[task]
+            return Abort.SUCCEEDED
+
+        return cast(T, await wait_task_rescheduled(leave))
 
     def receive_batch_nowait(self, max_items: int) -> list[T]:
         """Like `receive_batch`, but raises `trio.WouldBlock` where there is nothing now."""
@@ -284,7 +311,6 @@ class FairQueue(Generic[F, T]):
     def _count(self, taken: int) -> None:
         self._intake.items -= taken
         self._intake.drained += taken
-        self._received += taken
 
     def _take_nowait(self, take: Take, max_items: int) -> list[Any]:
         taken = self._taken(take, max_items)
@@ -305,7 +331,8 @@ class FairQueue(Generic[F, T]):
         if intake.waiting or intake.closed or not self._opened:
             return self._taken_slowly(take, max_items)
         taken = take(max_items)
-        self._count(len(taken))
+        intake.items -= len(taken)
+        intake.drained += len(taken)
         return taken
 
     def _taken_slowly(self, take: Take, max_items: int) -> list[Any]:
@@ -331,11 +358,11 @@ class FairQueue(Generic[F, T]):
         return taken
 
     async def _take_wait(self, take: Take, max_items: int) -> list[Any]:
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await checkpoint_if_cancelled()
         if self._intake.items:
             taken = self._taken(take, max_items)
             if taken:
-                await trio.lowlevel.cancel_shielded_checkpoint()
+                await cancel_shielded_checkpoint()
                 return taken
         self._check_empty(max_items)
         return await self._park(take, max_items)
@@ -350,9 +377,9 @@ class FairQueue(Generic[F, T]):
             return Abort.SUCCEEDED
 
         while True:
-            taken: list[Any] | None = await wait_task_rescheduled(leave)
-            if taken is not None:
-                return taken
+            item = await wait_task_rescheduled(leave)
+            if max_items == 1:
+                return [item]
             self._collecting -= max_items
             taken = self._taken(take, max_items)
             if self._receivers:
@@ -364,15 +391,14 @@ class FairQueue(Generic[F, T]):
 
     def _hand_through(self, record: Flow[F, T], item: T, cost: float) -> bool:
         """Give an item to the receiver that has waited longest, if that one takes items singly."""
-        order = self._order
-        task, (take, max_items) = next(iter(self._receivers.items()))
-        if max_items != 1 or take is not self._take_items or order.in_hand or not self._opened:
+        task, how = self._receivers.popitem(last=False)
+        if how is not self._singly or self._order.in_hand or not self._opened:
+            self._receivers[task] = how
+            self._receivers.move_to_end(task, last=False)
             return False
-        del self._receivers[task]
-        order.pass_item(record, cost)
+        self._order.pass_item(record, cost)
         self._intake.drained += 1
-        self._received += 1
-        reschedule(task, outcome.Value([item]))
+        reschedule(task, outcome.Value(item))
         return True
 
     def _hand_over(self) -> None:
@@ -380,7 +406,7 @@ class FairQueue(Generic[F, T]):
         while self._receivers and self._intake.items > self._collecting and self._order.head() is not None:
             task, (take, max_items) = self._receivers.popitem(last=False)
             if max_items == 1:
-                reschedule(task, outcome.Value(self._taken(take, 1)))
+                reschedule(task, outcome.Value(self._taken(take, 1)[0]))
             else:
                 self._collecting += max_items
                 reschedule(task)
@@ -454,7 +480,7 @@ class FairQueue(Generic[F, T]):
         Checkpoints: Always; the queue is closed even where it is cancelled.
         """
         self.close()
-        await trio.lowlevel.checkpoint()
+        await checkpoint()
 
     def _end_if_drained(self) -> None:
         if self._intake.closed and not self._intake.items:
@@ -482,8 +508,8 @@ class FairQueue(Generic[F, T]):
             in_hand=order.in_hand - len(order.abandoned),
             tasks_waiting_send=intake.waiting,
             tasks_waiting_receive=len(self._receivers),
-            sent=intake.items + self._received + self._shed + self._discarded,
-            received=self._received,
+            sent=intake.items + intake.drained,
+            received=intake.drained - self._shed - self._discarded,
             refused=intake.refused,
             shed=self._shed,
             discarded=self._discarded,
@@ -568,7 +594,18 @@ class FlowChannel(trio.abc.SendChannel[T], Generic[F, T]):
         """
         if self._closed:
             raise trio.ClosedResourceError("the channel is closed")
-        await self._intake.send(self._record, value, cost)
+        await checkpoint_if_cancelled()
+        intake, record = self._intake, self._record
+        if intake.items < intake.soft and record.first is EMPTY and record.waiters is None:
+            if cost == 1.0 and not intake.receivers:
+                record.first = value
+                intake.woken.append(record)
+                intake.items += 1
+            else:
+                intake.put(record, value, check_positive("cost", cost))
+            await cancel_shielded_checkpoint()
+        else:
+            await intake.send(record, value, cost)
 
     def close(self) -> None:
         """Send nothing more through this channel. What is queued stays queued."""
@@ -582,4 +619,4 @@ class FlowChannel(trio.abc.SendChannel[T], Generic[F, T]):
         Checkpoints: Always; the channel is closed even where it is cancelled.
         """
         self.close()
-        await trio.lowlevel.checkpoint()
+        await checkpoint()

@@ -148,7 +148,7 @@ class Intake(Generic[F, T]):
             if reason is not None:
                 self.refused += 1
                 raise Overloaded(reason, self.retry_after(reason))
-        self._put(record, item, cost, deadline)
+        self.put(record, item, cost, deadline)
 
     def send_many_nowait(self, record: Flow[F, T], items: Sequence[T], cost: float) -> int:
         """Queue as many items as are let in; return their number."""
@@ -177,12 +177,17 @@ class Intake(Generic[F, T]):
             self._hand_over()
         return count
 
-    def _put(self, record: Flow[F, T], item: T, cost: float, deadline: float) -> None:
+    def put(self, record: Flow[F, T], item: T, cost: float, deadline: float = math.inf) -> None:
+        """Queue an item that is let in, or give it to a receiver that waits."""
         if self.shedder is not None:
             item = self.shedder.stamp(record, item, deadline)
         elif self.receivers and not self.items and not record.held and self._hand_through(record, item, cost):
             return
-        self.order.push(record, item, cost)
+        if record.first is EMPTY and cost == 1.0:
+            record.first = item
+            self.woken.append(record)
+        else:
+            self.order.push(record, item, cost)
         self.items += 1
         if self.receivers:
             self._hand_over()
@@ -247,7 +252,7 @@ class Intake(Generic[F, T]):
         ):
             if cost != 1.0:
                 check_positive("cost", cost)
-            self._put(record, item, cost, deadline)
+            self.put(record, item, cost, deadline)
             await trio.lowlevel.cancel_shielded_checkpoint()
         else:
             check_positive("cost", cost)
@@ -293,7 +298,7 @@ class Intake(Generic[F, T]):
                 unlucky = 0
                 task, sent = record.waiters.popitem(last=False)
                 self._left(record)
-                self._put(record, *sent)
+                self.put(record, *sent)
                 reschedule(task)
             elif len(record) >= self._flow_bound:
                 del lines[record]

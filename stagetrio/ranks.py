@@ -47,20 +47,21 @@ class Rank(Generic[M]):
         self.next = 0
         self.tag = -math.inf
 
-    def file(self, record: M, tag: float) -> None:
-        """Put a member behind those of its tag."""
+    def file(self, record: M, tag: float) -> list[M]:
+        """Put a member behind those of its tag; return their bucket, good until something else is called."""
         record.filed = tag
         if tag == self.tag:
             self.bucket.append(record)
-            return
+            return self.bucket
         if tag < self.tag:
             self.put_back()
         bucket = self.buckets.get(tag)
         if bucket is None:
-            self.buckets[tag] = [record]
+            bucket = self.buckets[tag] = [record]
             heappush(self.tags, tag)
         else:
             bucket.append(record)
+        return bucket
 
     def put_back(self) -> None:
         """Take no bucket to be in service."""
