@@ -7,12 +7,13 @@ from one end: it admits what is below its *level*. Servers that are about equall
 A priority derived from who asks (`priority_of`) needs no number to be carried, and one with a changing salt does not
 always hit the same people.
 
-The level follows the time that admitted work waited before it was begun, by the window. When the mean is above the
-target, the level becomes a twentieth less than the share that was really begun, so that the queue goes away; otherwise
-it rises by a fiftieth. A window in which nothing was begun although something was admitted halves it.
+The level is looked at by the window, and two things move it. The time that admitted work waited before it was begun is
+to be the target: the further it is off, up to a twentieth either way. And as much is to be admitted as is begun: half
+of what is missing, by the mean of the last windows, is made up for at once, which keeps the first from swinging. (Steps
+of a fixed size, a twentieth down and a fiftieth up, swing by a tenth, and of four services the lowest counts.)
 
-Source: Zhou et al.: Overload Control for Scaling WeChat Microservices (SoCC 2018), from which the level, the measure
-(waiting time, not response time) and the figures of the steps.
+Source: Zhou et al.: Overload Control for Scaling WeChat Microservices (SoCC 2018), from which the level, and the
+measure: waiting time, not response time.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from trio import current_time
 
 from stagetrio.overload import Overloaded
 
-CUT = 0.95
-RAISE = 0.02
+STEP = 0.05  # of the level, for a waiting time twice the target, or none
+MEMORY = 0.8  # of what was admitted and begun, from window to window
 LEAST = 0.01  # of the level: a server that admits nothing would never learn that it is well again
 
 
@@ -80,6 +81,8 @@ class Shedder:
         self._admitted = 0  # in this window, like the next two
         self._begun = 0
         self._waited = 0.0
+        self._admitted_lately = 0.0  # in the windows before, the older the less, like the next
+        self._begun_lately = 0.0
         self._admitted_before = 0
         self._shed = 0
         self._mean_wait = 0.0
@@ -123,17 +126,17 @@ class Shedder:
         return ShedderStatistics(self._level, self._admitted_before + self._admitted, self._shed, self._mean_wait)
 
     def _look(self) -> None:
+        self._admitted_lately = self._admitted_lately * MEMORY + self._admitted
+        self._begun_lately = self._begun_lately * MEMORY + self._begun
+        late = -1.0
         if self._begun:
             self._mean_wait = self._waited / self._begun
-            if self._mean_wait > self._target:
-                share = self._level * self._begun / max(1, self._admitted)  # that is what it could have served
-                self._level = min(self._level, max(LEAST, CUT * share))
-            else:
-                self._level = min(1.0, self._level + RAISE)
+            late = max(-1.0, min(1.0, self._mean_wait / self._target - 1))
         elif self._admitted:
-            self._level = max(LEAST, self._level / 2)
-        else:
-            self._level = min(1.0, self._level + RAISE)
+            late = 1.0
+        kept_up = self._begun_lately / self._admitted_lately if self._admitted_lately else 1.0
+        level = self._level * math.sqrt(max(0.5, min(1.5, kept_up))) * (1 - STEP * late)
+        self._level = max(LEAST, min(1.0, level))
         self._admitted_before += self._admitted
         self._admitted = self._begun = 0
         self._waited = 0.0
