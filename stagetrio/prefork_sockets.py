@@ -1,0 +1,128 @@
+"""Listening sockets for several worker processes, kept open by the arbiter.
+
+On Linux, every worker of a TCP address has a listening socket of its own (``SO_REUSEPORT``): the kernel spreads new
+connections evenly, by a hash of their addresses, whatever the workers do. Where one socket is shared, whoever wakes
+first takes all that wait, and one worker ends up with most of the connections. The arbiter opens these sockets, hands
+them to the worker in their slot, and keeps them open while that worker dies or is replaced: connections that come
+meanwhile wait in the socket's queue for the next one. (A socket that belongs to the worker alone takes its queue with
+it, and resets those in it.) Closing a slot for good resets what waits there, unless ``net.ipv4.tcp_migrate_req`` is on.
+
+Unix sockets, and TCP elsewhere, are one socket that all workers share.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Sequence
+
+import trio
+
+from stagetrio.sockets import BACKLOG, Address, SocketListener, TcpAddress, address_of, open_listeners, parse_address
+
+PER_WORKER = sys.platform == "linux"
+
+
+class WorkerSockets:
+    """The listening sockets of all workers.
+
+    Args:
+        shared: listeners that all workers share.
+        names: ``(family, address)`` of those of which each worker has one of its own.
+    """
+
+    def __init__(self, shared: Sequence[SocketListener], names: Sequence[tuple[int, tuple[object, ...]]]) -> None:
+        self._shared = list(shared)
+        self._names = list(names)
+        self._slots: dict[int, list[socket.socket]] = {}
+
+    def of_slot(self, slot: int) -> list[int]:
+        """The descriptors of a slot's sockets, opened if they are not open yet.
+
+        Raises:
+            OSError: An address cannot be had any more.
+        """
+        if slot not in self._slots:
+            opened: list[socket.socket] = []
+            try:
+                for family, name in self._names:
+                    opened.append(_listen(family, name))
+            except BaseException:
+                for sock in opened:
+                    sock.close()
+                raise
+            self._slots[slot] = opened
+        shared = [listener.socket.fileno() for listener in self._shared]
+        return [*shared, *(sock.fileno() for sock in self._slots[slot])]
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Where the workers listen."""
+        shared = [address_of(listener.socket) for listener in self._shared]
+        return [*shared, *(TcpAddress(str(name[0]), int(str(name[1]))) for _, name in self._names)]
+
+    def close_slot(self, slot: int) -> None:
+        """Close the sockets of a slot that will have no worker any more."""
+        for sock in self._slots.pop(slot, ()):
+            sock.close()
+
+    async def aclose(self) -> None:
+        """Close all of them.
+
+        Checkpoints: always; cancelled, they are closed all the same.
+        """
+        for slot in tuple(self._slots):
+            self.close_slot(slot)
+        with trio.CancelScope(shield=True):
+            for listener in self._shared:
+                await listener.aclose()
+        await trio.lowlevel.checkpoint()
+
+
+async def open_worker_sockets(addresses: Sequence[str | Address], *, per_worker: bool = PER_WORKER) -> WorkerSockets:
+    """Bind the addresses: all or none.
+
+    Raises:
+        ValueError: An address makes no sense.
+        OSError: An address is in use or not ours; it is in the message.
+
+    Checkpoints: at least once; a cancellation leaves nothing open.
+    """
+    if not addresses:
+        raise ValueError("addresses must name at least one place to listen, not ()")
+    parsed = [parse_address(address) if isinstance(address, str) else address for address in addresses]
+    own = [address for address in parsed if per_worker and isinstance(address, TcpAddress)]
+    others = [address for address in parsed if address not in own]
+    listeners = await open_listeners(*others) if others else []
+    sockets = WorkerSockets(listeners, [])
+    try:
+        names = []
+        for address in own:
+            # without SO_REUSEPORT: with it, a second server on this port would not be noticed
+            for probe in await open_listeners(address):
+                assert isinstance(probe, trio.SocketListener)
+                names.append((int(probe.socket.family), probe.socket.getsockname()))
+                await trio.aclose_forcefully(probe)
+        sockets = WorkerSockets(listeners, names)
+        sockets.of_slot(0)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await sockets.aclose()
+        raise
+    return sockets
+
+
+def _listen(family: int, name: tuple[object, ...]) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(name)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
