@@ -303,3 +303,41 @@ async def test_peers_know_where_they_come_from(tmp_path: Any) -> None:
     assert isinstance(addresses[0], TcpAddress)
     assert addresses[1] == UnixAddress("")
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_output_is_written_on_the_tick(kind: str, autojump_clock: MockClock) -> None:
+    """With a tick, a lone reply is written at once, and what follows within the tick waits for its end."""
+    async with serving(kind, tick=2.0) as running:
+        client = await running.connect()
+        start = trio.current_time()
+        arrived: list[float] = []
+        for wait in (0.0, 0.5, 0.1, 5.0):
+            await trio.sleep(wait)
+            await client.send(b"x")
+            assert await client.receive() == b"x"
+            arrived.append(trio.current_time() - start)
+        assert arrived == pytest.approx([0.0, 2.0, 4.0, 9.1], abs=0.2)
+
+
+async def test_flows_share_by_their_weights(kind: str) -> None:
+    """A flow of weight 3 is served three times as often as one of weight 1 while both have messages."""
+    served: list[bytes] = []
+    proceed = trio.Event()
+
+    async def handler(peer: Peer[bytes], message: bytes) -> None:
+        if message == b"gate":
+            await proceed.wait()
+        else:
+            served.append(message)
+
+    options: dict[str, Any] = {"weight": {"heavy": 3.0, "light": 1.0, "gate": 1.0}.get, "cost": lambda payload: 1.0}
+    names = iter(["gate", "heavy", "light"])
+    async with serving(kind, handler, workers=1, flow=lambda peer: next(names), **options) as running:
+        for name in (b"gate", b"heavy", b"light"):
+            client = await running.connect()
+            await client.send(*([name] if name == b"gate" else [name] * 60))
+            await wait_all_tasks_blocked(0.01)
+        proceed.set()
+        while len(served) < 120:
+            await trio.lowlevel.checkpoint()
+        assert 28 <= served[:40].count(b"heavy") <= 32
