@@ -10,8 +10,8 @@ held              bound                                                at the bo
 partial frame     the framing's ``max_bytes``                          the peer's mistake: the connection ends
 queued messages   ``max_decoded``, those in hand included              the socket is not read
 frames read       those of one read (64 KiB), not queued yet           the socket is not read
-output            ``max_outbox_bytes``, and the replies to what is     the socket is not read; ``send_nowait`` is
-                  queued                                               refused, ``send`` waits
+output            ``max_outbox_bytes``, and the replies to what is     the socket is not read; ``send`` waits, what
+                  queued                                               ``send_nowait`` does is ``when_outbox_full``
 ================= ==================================================== =======================================
 
 The states, and what leads from one to the next::
@@ -33,14 +33,15 @@ import ssl
 from collections.abc import Awaitable, Callable, Hashable
 from itertools import count
 from math import inf
-from typing import Any, Generic, Protocol, TypeVar, TypeVarTuple
+from typing import Any, Generic, TypeVar, TypeVarTuple
 
-import attrs
 import trio
 
 from stagetrio.framing import FrameDecoder, ProtocolError
+from stagetrio.host import Host, PeerStatistics
 from stagetrio.limiter import Overloaded
-from stagetrio.rules import CloseReason, PeerLimits
+from stagetrio.outbox import Outbox, WhenFull
+from stagetrio.rules import CloseReason
 from stagetrio.sockets import Address
 from stagetrio.transport import HandshakeFailed, Transport
 
@@ -55,60 +56,6 @@ class _State(enum.IntEnum):
     CLOSING = 1
     LINGERING = 2
     CLOSED = 3
-
-
-@attrs.frozen
-class PeerStatistics:
-    """What one connection has carried and holds.
-
-    Args:
-        frames_received: Complete frames.
-        bytes_received: Bytes of input.
-        bytes_sent: Bytes of output taken by the kernel.
-        backlog: Messages queued or in hand.
-        outbox_bytes: Output not yet taken by the kernel.
-        paused: Whether the socket is left unread.
-    """
-
-    frames_received: int
-    bytes_received: int
-    bytes_sent: int
-    backlog: int
-    outbox_bytes: int
-    paused: bool
-
-
-class Host(Protocol):
-    """What a peer needs of its server."""
-
-    limits: PeerLimits
-
-    def admit(self, peer: Peer[Any], frames: list[bytes]) -> tuple[int, int]:
-        """Queue frames; return how many were queued and how many refused; `Peer.advance` follows for the rest."""
-
-    def touch(self, peer: Peer[Any]) -> None:
-        """Call `Peer.flush` soon."""
-
-    def check_at(self, peer: Peer[Any], when: float, check: Callable[[float], float]) -> None:
-        """Have the reaper call a check."""
-
-    def frame_of(self, message: Any) -> bytes:
-        """Return the bytes of one frame with a message in it."""
-
-    def farewell(self, words: str, retry_after: float) -> bytes | None:
-        """Return the frame which tells a peer why its connection ends, if this wire has one."""
-
-    def move(self, peer: Peer[Any], flow: Hashable) -> None:
-        """Let the peer's further messages belong to another flow."""
-
-    def spawn(self, peer: Peer[Any], fn: Callable[..., Awaitable[object]], args: tuple[Any, ...]) -> None:
-        """Start a task in the scope of this connection."""
-
-    def ending(self, peer: Peer[Any], reason: CloseReason) -> None:
-        """Drop what is queued for a peer that is no longer open."""
-
-    def gone(self, peer: Peer[Any]) -> None:
-        """Forget a peer."""
 
 
 class Peer(Generic[M]):
@@ -137,8 +84,6 @@ class Peer(Generic[M]):
         "_host",
         "_last_frame",
         "_leftover",
-        "_out",
-        "_out_bytes",
         "_output_mark",
         "_paused",
         "_reason",
@@ -153,6 +98,7 @@ class Peer(Generic[M]):
         "closed",
         "data",
         "has_own_flow",
+        "outbox",
     )
 
     def __init__(self, host: Host, transport: Transport, address: Address | None, decoder: FrameDecoder) -> None:
@@ -174,8 +120,7 @@ class Peer(Generic[M]):
         self._leftover: list[bytes] = []
         self._started = False
         self._paused = False
-        self._out: list[bytes] = []
-        self._out_bytes = 0
+        self.outbox = Outbox()
         self._touched = False
         self._blocked = True  # the kernel has no room for output, or `start` is still to come
         self._room: trio.Event | None = None  # what `send` waits for
@@ -229,12 +174,21 @@ class Peer(Generic[M]):
             bytes_received=self._bytes_received,
             bytes_sent=self._bytes_sent,
             backlog=self._backlog + len(self._leftover),
-            outbox_bytes=self._out_bytes,
+            outbox_bytes=self.outbox.size,
+            dropped=self.outbox.dropped,
+            coalesced=self.outbox.coalesced,
             paused=self._paused,
         )
 
-    def send_nowait(self, message: M) -> None:
+    def send_nowait(self, message: M, *, key: Hashable = None) -> None:
         """Queue a message for the other side; it is written when the current slice ends.
+
+        At the bound of the outbox `PeerLimits.when_outbox_full` says what becomes of it.
+
+        Args:
+            message: What to send.
+            key: What the message is the latest news of: it takes the place of an earlier one with the same key which
+                has not been written yet. None: it is news of its own.
 
         Raises:
             Overloaded: The outbox is full; its reason is ``"outbox"``.
@@ -242,15 +196,29 @@ class Peer(Generic[M]):
             TypeError: The codec does not know the message.
             ValueError: The message is longer than a frame.
         """
-        self.send_frame_nowait(self._host.frame_of(message))
+        self.send_frame_nowait(self._host.frame_of(message), key=key)
 
-    def send_frame_nowait(self, frame: bytes) -> None:
+    def send_frame_nowait(self, frame: bytes, *, key: Hashable = None) -> None:
         """Queue the bytes of a whole frame, as `send_nowait` would; for one message to many peers, encoded once."""
         if self._state:
             raise trio.ClosedResourceError(f"the connection has ended ({self._reason_value()})")
-        if self._out_bytes >= self._host.limits.max_outbox_bytes:
+        outbox = self.outbox
+        if key is not None and outbox.replace(key, frame):
+            return
+        if outbox.size >= self._host.limits.max_outbox_bytes and not self._make_room():
+            outbox.dropped += 1
+            return
+        outbox.push(frame, key)
+        self._touch()
+
+    def _make_room(self) -> bool:
+        limits = self._host.limits
+        if limits.when_outbox_full is WhenFull.REFUSE:
             raise Overloaded("outbox")
-        self.put(frame)
+        if limits.when_outbox_full is WhenFull.DISCONNECT:
+            self.abort(CloseReason.OUTBOX_FULL)  # a farewell would only join what is not being read
+            raise trio.ClosedResourceError("more was sent than the other side has read; the connection was closed")
+        return limits.when_outbox_full is WhenFull.DROP_OLDEST and self.outbox.drop_oldest(limits.max_outbox_bytes)
 
     async def send(self, message: M) -> None:
         """Queue a message for the other side as soon as its outbox has room.
@@ -264,11 +232,13 @@ class Peer(Generic[M]):
         """
         frame = self._host.frame_of(message)
         await trio.lowlevel.checkpoint_if_cancelled()
-        while not self._state and self._out_bytes >= self._host.limits.max_outbox_bytes:
+        while not self._state and self.outbox.size >= self._host.limits.max_outbox_bytes:
             if self._room is None:
                 self._room = trio.Event()
             await self._room.wait()
-        self.send_frame_nowait(frame)
+        if self._state:
+            raise trio.ClosedResourceError(f"the connection has ended ({self._reason_value()})")
+        self.put(frame)
         await trio.lowlevel.cancel_shielded_checkpoint()
 
     def start_soon(self, fn: Callable[[*Ts], Awaitable[object]], *args: *Ts) -> None:
@@ -309,18 +279,14 @@ class Peer(Generic[M]):
 
     def put(self, frame: bytes) -> None:
         """Append to the outbox whatever its size: replies, which the messages in hand bound."""
-        self._out.append(frame)
-        self._out_bytes += len(frame)
-        if not self._touched:
-            self._touched = True
-            self._host.touch(self)
+        self.outbox.put(frame)
+        self._touch()
 
     def reply(self, frame: bytes) -> bool:
         """Put the reply to a message taken by `Host.admit`, which is done with it; False where nobody will get it."""
         if self._state:
             return False
-        self._out.append(frame)
-        self._out_bytes += len(frame)
+        self.outbox.put(frame)
         if not self._touched:
             self._touched = True
             self._host.touch(self)
@@ -350,7 +316,7 @@ class Peer(Generic[M]):
         if self._end_after is not None:
             if not self._backlog:
                 self.end(*self._end_after)
-        elif self._paused and self._out_bytes <= limits.max_outbox_bytes:
+        elif self._paused and self.outbox.size <= limits.max_outbox_bytes:
             self._paused = False
             self._transport.resume()
 
@@ -374,9 +340,7 @@ class Peer(Generic[M]):
         if self._paused and self._started and not self._eof:
             self._transport.resume()
         self._host.check_at(self, trio.current_time() + self._host.limits.linger, self._check_linger)
-        if not self._touched:
-            self._touched = True
-            self._host.touch(self)
+        self._touch()
 
     def abort(self, reason: CloseReason) -> None:
         """Close at once, whatever is pending."""
@@ -385,8 +349,7 @@ class Peer(Generic[M]):
         if not self._state:
             self._leave(_State.CLOSED, reason)
         self._state = _State.CLOSED
-        self._out.clear()
-        self._out_bytes = 0
+        self.outbox.clear()
         self._transport.close()
         self._host.gone(self)
 
@@ -395,22 +358,19 @@ class Peer(Generic[M]):
         self._touched = False
         if self._blocked or self._state is _State.CLOSED:
             return
-        out = self._out
-        if out:
-            data = b"".join(out) if len(out) > 1 else out[0]
-            out.clear()
+        outbox = self.outbox
+        if outbox.size:
             try:
-                sent = self._transport.write(data)
+                sent = self._transport.write(outbox.joined())
             except OSError:
                 self.abort(CloseReason.RESET)
                 return
             self._bytes_sent += sent
-            self._out_bytes = len(data) - sent
-            if self._out_bytes:
-                out.append(data[sent:])
+            outbox.written(sent)
+            if outbox.size:
                 self._output_blocked()
                 return
-        if self._room is not None and self._out_bytes < self._host.limits.max_outbox_bytes:
+        if self._room is not None and outbox.size < self._host.limits.max_outbox_bytes:
             self._room.set()
             self._room = None
         if self._state is _State.CLOSING:
@@ -441,6 +401,11 @@ class Peer(Generic[M]):
             self._eof = True
         if self._eof:
             self.abort(CloseReason.ENDED)
+
+    def _touch(self) -> None:
+        if not self._touched:
+            self._touched = True
+            self._host.touch(self)
 
     def _pause(self) -> None:
         if not self._paused:
@@ -479,7 +444,7 @@ class Peer(Generic[M]):
         self._admit(frames)
         # A full backlog alone does not pause: most peers have sent all they have in flight, and pausing costs two
         # system calls. What one more read brings is held.
-        if self._leftover or self._out_bytes > limits.max_outbox_bytes:
+        if self._leftover or self.outbox.size > limits.max_outbox_bytes:
             self._pause()
 
     def _admit(self, frames: list[bytes]) -> None:
@@ -518,7 +483,7 @@ class Peer(Generic[M]):
     def _output_blocked(self) -> None:
         self._blocked = True
         limits = self._host.limits
-        if self._out_bytes > limits.max_outbox_bytes and not self._state:
+        if self.outbox.size > limits.max_outbox_bytes and not self._state:
             self._pause()
         if not self._watching_output:
             self._watching_output = True

@@ -8,6 +8,8 @@ from typing import Any
 
 import attrs
 
+from stagetrio.outbox import WhenFull
+
 
 class CloseReason(enum.Enum):
     """Why a connection ended."""
@@ -22,6 +24,7 @@ class CloseReason(enum.Enum):
     SLOW_READER = "slow reader"  #: output was pending, and was read slower than ``min_send_rate``
     CLOSED = "closed"  #: `Peer.close` was called
     FAILED = "failed"  #: the handler failed, and the wire has no words to say so
+    OUTBOX_FULL = "outbox full"  #: more was sent to it than it may have pending (`WhenFull.DISCONNECT`)
     FULL = "full"  #: the server has as many connections as it may
     REFUSED = "refused"  #: it was not admitted
     DRAINED = "drained"  #: the server shuts down
@@ -48,6 +51,7 @@ class PeerLimits:
     Args:
         max_decoded: Messages queued or in hand, of one peer.
         max_outbox_bytes: Output not yet taken by the kernel, of one peer.
+        when_outbox_full: What becomes of messages sent (`Peer.send_nowait`, not replies) to a peer at that bound.
         first_frame_within: Seconds from the connection to its first complete frame.
         idle_within: Seconds without a complete frame.
         frame_within: Seconds from the first byte of a frame to its last, for a peer slower than ``min_receive_rate``.
@@ -59,6 +63,7 @@ class PeerLimits:
 
     max_decoded: int = attrs.field(default=64, validator=_positive)
     max_outbox_bytes: float = attrs.field(default=262144, validator=_positive)
+    when_outbox_full: WhenFull = attrs.field(default=WhenFull.REFUSE, validator=attrs.validators.instance_of(WhenFull))
     first_frame_within: float = attrs.field(default=30.0, validator=_positive)
     idle_within: float = attrs.field(default=inf, validator=_positive)
     frame_within: float = attrs.field(default=10.0, validator=_positive)

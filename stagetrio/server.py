@@ -63,6 +63,8 @@ class ServerStatistics:
         refused: Messages answered by a refusal.
         failed: Messages whose handler raised.
         undeliverable: Replies whose connection had ended.
+        dropped: Messages sent to peers whose outbox was full, and left out.
+        coalesced: Messages sent to peers, and replaced by a later one of the same key before they were written.
         stage: The statistics of the stage and, within, of its queue.
     """
 
@@ -76,6 +78,8 @@ class ServerStatistics:
     refused: int
     failed: int
     undeliverable: int
+    dropped: int
+    coalesced: int
     stage: StageStatistics
 
 
@@ -151,6 +155,7 @@ class StageServer(Generic[M]):
         self._draining = False
         self._closed: Counter[CloseReason] = Counter()
         self._accepted = self._refused_connections = 0
+        self._dropped = self._coalesced = 0  # of connections that are gone
 
     @property
     def peers(self) -> tuple[Peer[M], ...]:
@@ -170,24 +175,27 @@ class StageServer(Generic[M]):
             refused=self._exchange.refused,
             failed=self._exchange.failed,
             undeliverable=self._exchange.undeliverable,
+            dropped=self._dropped + sum(peer.outbox.dropped for peer in self._peers),
+            coalesced=self._coalesced + sum(peer.outbox.coalesced for peer in self._peers),
             stage=self._stage.statistics(),
         )
 
-    def broadcast(self, message: M, peers: Iterable[Peer[M]] | None = None) -> list[Peer[M]]:
+    def broadcast(self, message: M, peers: Iterable[Peer[M]] | None = None, *, key: Hashable = None) -> list[Peer[M]]:
         """Send one message to many peers, encoded once.
 
         Args:
             message: What to send.
             peers: To whom; None: to every open connection.
+            key: See `Peer.send_nowait`.
 
         Returns:
             The peers it was not queued for, because they are closed or their outbox is full.
         """
         frame = self.frame_of(message)
         missed: list[Peer[M]] = []
-        for peer in self._peers if peers is None else peers:
+        for peer in self.peers if peers is None else peers:
             try:
-                peer.send_frame_nowait(frame)
+                peer.send_frame_nowait(frame, key=key)
             except (trio.ClosedResourceError, Overloaded):
                 missed.append(peer)
         return missed
@@ -399,6 +407,8 @@ class StageServer(Generic[M]):
 
     def gone(self, peer: Peer[Any]) -> None:
         del self._peers[peer]
+        self._dropped += peer.outbox.dropped
+        self._coalesced += peer.outbox.coalesced
         self._pool.cancel(peer, "the connection ended")
         if peer in self._turned_away:
             self._turned_away.remove(peer)
