@@ -36,6 +36,7 @@ from stagetrio.remote_values import Values
 from stagetrio.remote_wire import RemoteError, WorkerLost
 
 RECEIVE_BYTES = 65536
+CLOSED_HERE = "this side has closed the connection"
 _CALL, _POST, _OPEN = 1, 2, 3
 
 _ABANDONED: Final = "abandoned"  # stands for a caller that has left
@@ -177,8 +178,10 @@ class CallingConnection:
             raise
 
     def _check_alive(self) -> None:
+        if self._closing:
+            raise trio.ClosedResourceError(CLOSED_HERE)
         if self.lost is not None:
-            raise trio.ClosedResourceError(self.lost) if self._closing else WorkerLost(self.lost, may_have_run=False)
+            raise WorkerLost(self.lost, may_have_run=False)
 
     def _free_place(self) -> None:
         if self._waiting:
@@ -262,7 +265,7 @@ class CallingConnection:
     def close(self) -> None:
         """End the connection from this side; whoever waits gets ``trio.ClosedResourceError``."""
         self._closing = True
-        self._lose("this side has closed the connection")
+        self._lose(CLOSED_HERE)
         self._scope.cancel()
 
     async def _read(self) -> str:

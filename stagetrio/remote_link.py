@@ -16,7 +16,7 @@ import trio
 from stagetrio.codec import UNFIT, why_unfit, wire_type
 from stagetrio.framing import ProtocolError
 from stagetrio.procedures import NamedProcedure, Procedure, procedure_of, stamp_of
-from stagetrio.remote_calling import CallingConnection, CallingTally
+from stagetrio.remote_calling import CLOSED_HERE, CallingConnection, CallingTally
 from stagetrio.remote_hello import introduce
 from stagetrio.remote_values import Values
 from stagetrio.remote_wire import WorkerLost, check_bounds
@@ -65,12 +65,15 @@ class Link:
         Raises:
             OSError: Nobody is there.
             WorkerLost: Whoever is there does not want this caller.
+            trio.ClosedResourceError: This side has been closed meanwhile.
 
         Checkpoints: yes; a cancellation leaves nothing open.
         """
         stream = await self._open_stream()
         try:
             welcome = await introduce(stream, self._token, self._max_frame_bytes)
+            if self._closed:
+                raise trio.ClosedResourceError(CLOSED_HERE)
         except BaseException:
             await trio.aclose_forcefully(stream)
             raise

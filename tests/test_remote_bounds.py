@@ -317,6 +317,29 @@ async def test_a_caller_that_does_not_read_is_not_listened_to(block: bool) -> No
         await theirs.aclose()
 
 
+async def test_a_stream_that_is_not_read_is_not_collected() -> None:
+    """Whatever credit it was given, its values fill the buffer and no more."""
+    yielded = 0
+    procedures = Procedures()
+
+    @procedures.procedure
+    async def flood() -> AsyncIterator[bytes]:
+        nonlocal yielded
+        for _ in range(1000):
+            yielded += 1
+            yield b"x" * 1000
+
+    ours, theirs = trio.testing.lockstep_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: serve_remote_stream(procedures, ours, max_buffered_bytes=10_000))
+        await theirs.send_all(FRAMING.encode(wire.encode((0, wire.VERSION, None, 2**20))))
+        await theirs.receive_some()
+        await theirs.send_all(FRAMING.encode(wire.encode((3, 1, "flood", None, 10_000, []))))
+        await settled()
+        assert 10 <= yielded <= 25
+        await theirs.aclose()
+
+
 async def test_callers_wait_while_the_worker_does_not_read() -> None:
     """Requests pile up to a bound; then callers wait, and each call arrives when the worker reads again."""
     ours, theirs = trio.testing.lockstep_stream_pair()

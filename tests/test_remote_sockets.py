@@ -247,6 +247,38 @@ async def test_calls_in_flight_are_lost_with_their_connection(tmp_path: Path) ->
     assert all(error.may_have_run and error.reason == "the other side closed the connection" for error in lost)
 
 
+async def test_closing_while_somebody_connects_again_closes_that_too(tmp_path: Path) -> None:
+    """Who connects, and who waits for it, is told that this side has left; no connection is left behind."""
+    procedures = echoing()
+    told = 0
+
+    async def call() -> None:
+        nonlocal told
+        with pytest.raises(trio.ClosedResourceError, match="this side has closed"):
+            await remote.call("echo", 1)
+        told += 1
+
+    [listener] = await open_listeners(f"unix://{tmp_path}/s")
+    async with listener, trio.open_nursery() as nursery:
+        first = trio.CancelScope()
+
+        async def serve_first() -> None:
+            with first:
+                await serve_remote_stream(procedures, await listener.accept())
+
+        nursery.start_soon(serve_first)
+        async with open_remote(f"unix://{tmp_path}/s") as remote:
+            first.cancel()
+            await settled()
+            nursery.start_soon(call)
+            nursery.start_soon(call)
+            second = await listener.accept()
+            await settled()
+        nursery.start_soon(serve_remote_stream, procedures, second)
+    assert told == 2
+    assert remote.statistics().connections == 1
+
+
 async def test_an_idempotent_call_is_tried_once_more(tmp_path: Path) -> None:
     """It survives the loss of one connection, not of two: there is a budget of one."""
     procedures = Procedures()
@@ -418,6 +450,29 @@ async def test_a_worker_that_takes_nothing_any_more_is_lost(autojump_clock: trio
             with pytest.raises(WorkerLost, match="the connection broke"):
                 await remote.call("echo", 1)
             assert trio.current_time() - start == 1
+
+
+async def test_an_answer_that_is_not_taken_ends_the_wait_for_more(autojump_clock: trio.testing.MockClock) -> None:
+    """A caller that has closed its ear is noticed by an answer that comes late, while nothing else comes from it."""
+    ours, caller = socket.socketpair()
+    framing = LengthPrefixed(2**20)
+    procedures = Procedures()
+
+    @procedures.procedure
+    async def nap() -> None:
+        await trio.sleep(5)
+
+    with caller:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve_remote_stream, procedures, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+            caller.send(framing.encode(wire.encode((0, wire.VERSION, None, 2**20))))
+            await settled()
+            caller.send(framing.encode(wire.encode((1, 1, "nap", None, []))))
+            await settled()
+            caller.shutdown(socket.SHUT_RD)
+            start = trio.current_time()
+        assert trio.current_time() - start == 6
+    assert procedures.statistics().connections == 0
 
 
 async def test_a_caller_that_takes_nothing_any_more_is_let_go(autojump_clock: trio.testing.MockClock) -> None:

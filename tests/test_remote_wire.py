@@ -76,6 +76,7 @@ async def conversation(procedures: Procedures, data: bytes, hello: bytes = b"") 
         (frame(0, 99, None, 2**20), "version 1 is spoken here, not 99"),
         (frame(0, wire.VERSION, None, 10), "not a request: .*1024"),
         (frame(*HELLO) + frame(1, 1, "echo", None, [1]), "something came before it was time"),
+        (frame(*HELLO) + b"\0", "something came before it was time"),
         (frame(*HELLO)[:-1], "connection closed in mid-frame"),
         (b"", "the other side closed the connection"),
         (frame(0, wire.VERSION, "x" * 5000, 2**20), "exceeds the limit of 4096 bytes"),
