@@ -36,9 +36,7 @@ share), so that neither idle moments nor a flow's debt can carry it away. (Measu
 that has been served once would wait for ever behind them. They start later than virtual time, by the work served since
 it has moved last, divided by the number of flows that wait.
 
-**What is kept of an idle flow** is one small record: its tag while that is ahead of virtual time, and its rate of cost.
-``max_idle`` bounds the records. Beyond it each new flow makes the order look at two old ones, and forget those which
-are idle and owe nothing, or, from twice the bound on, those which are merely idle.
+What is kept of a flow, and where it is filed, is the matter of `stagetrio.filing`.
 
 Source: Goyal, Vin, Cheng, "Start-time Fair Queueing", SIGCOMM 1996; Bennett and Zhang, "WF2Q", INFOCOM 1996; Mace et
 al., "2DFQ: Two-Dimensional Fair Queueing for Multi-Tenant Cloud Services", SIGCOMM 2016.
@@ -47,181 +45,24 @@ al., "2DFQ: Two-Dimensional Fair Queueing for Multi-Tenant Cloud Services", SIGC
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable
 from heapq import heappush
-from typing import Generic
 
-from stagetrio.flow import EMPTY, Delivery, F, Flow, T, check_positive
-from stagetrio.ranks import Rank
+from stagetrio.filing import Filing
+from stagetrio.flow import EMPTY, Delivery, F, Flow, T
 
 LEARN = 0.25  # how much one settled item moves its flow's rate of cost
 LEARN_ALL = 0.05  # and the first one of a flow the rate by which flows not seen before are judged
 SLACK = 2.0  # shares of a dear item by which the clock may pass the first finish
 
 
-class FairOrder(Generic[F, T]):
+class FairOrder(Filing[F, T]):
     """Items of many flows, served in fair order of work.
 
     Args:
         weight: The weight of a flow, asked once when the flow is first seen; all weigh 1.0 where it is None.
         max_idle: Records of idle flows that are kept, ≥ 1.
+        flows: Where the records are kept by name, shared with other orders of other flows; None: in a dict of its own.
     """
-
-    def __init__(self, *, weight: Callable[[F], float] | None = None, max_idle: int = 32768) -> None:
-        self._weight_of = weight
-        self._max_idle = max_idle
-        self.flows: dict[F, Flow[F, T]] = {}
-        self._ring: deque[Flow[F, T]] = deque()  # every record once, in the order in which they are looked at
-        self.woken: list[Flow[F, T]] = []  # flows that have got a first item and are not filed yet
-        self._newcomers: Rank[Flow[F, T]] = Rank(0.0)  # flows of which nothing is settled yet
-        self._newcomers.listed = True
-        self._ranks = [self._newcomers]  # those with flows in them, and perhaps some without
-        self._by_size: dict[int, Rank[Flow[F, T]]] = {}
-        self._clock = 0.0  # and below: kept from the first settled cost on
-        self._weight = 0.0  # sum over the filed flows
-        self._stale = 0  # an upper bound on the stale places
-        self._rate = 0.0  # what flows' first items cost per declared unit
-        self.virtual_time = 0.0
-        self._since = 0.0  # normalised work booked since virtual time has moved
-        self._holds = 0  # calls of hold not undone yet
-        self._filed = 0  # flows with items, not counting the woken
-        self.in_hand = 0  # deliveries taken and not settled
-        self.abandoned: deque[tuple[Flow[F, T], float, float]] = (
-            deque()
-        )  # filled by finalizers, in whatever thread they run
-
-    @property
-    def backlogged(self) -> int:
-        """The number of flows with items."""
-        return self._filed + len(self.woken)
-
-    def flow(self, key: F, weight: float | None = None) -> Flow[F, T]:
-        """Return the record of a flow, a new one where there is none. A given ``weight`` stays with the record."""
-        record = self.flows.get(key)
-        if record is None:
-            if weight is None:
-                weight = 1.0 if self._weight_of is None else check_positive("weight", self._weight_of(key))
-            if len(self.flows) >= self._max_idle:
-                self._forget()
-            entry = self.virtual_time + self._since / (self.backlogged + 1)
-            record = self.flows[key] = Flow(key, weight, self, entry, self._newcomers)
-            self._ring.append(record)
-        elif weight is not None:
-            if record.filed is not None:
-                self._weight += weight - record.weight
-            record.weight, record.inverse = weight, 1.0 / weight
-        return record
-
-    def _forget(self) -> None:
-        ring = self._ring
-        excess = len(self.flows) >= 2 * self._max_idle
-        for _ in range(2):
-            record = ring.popleft()
-            used = len(record) or record.in_hand or record.held or record.pins or record.waiters
-            if not used and (record.finish <= self.virtual_time or excess):
-                del self.flows[record.key]
-            else:
-                ring.append(record)
-
-    # Filing. Every flow with items that is neither woken nor held is filed, under finish + reserved.
-
-    def file_woken(self) -> None:
-        """Give the flows that have got a first item their places. Whatever looks at the places does this first."""
-        woken, rank, now = self.woken, self._newcomers, self.virtual_time
-        self._filed += len(woken)
-        if self._by_size or self.in_hand or self._holds:
-            for record in woken:
-                if not record.held:
-                    self._enter(record)
-        else:
-            tag, bucket = rank.tag, rank.bucket  # of the latest record: most stand where the one before them does
-            for record in woken:
-                mine = record.finish
-                if mine < now:
-                    record.finish = mine = now
-                if mine == tag:
-                    record.filed = mine
-                    bucket.append(record)
-                else:
-                    tag = mine
-                    bucket = rank.file(record, tag)
-        woken.clear()
-
-    def _enter(self, record: Flow[F, T]) -> None:
-        tag = record.finish + record.reserved
-        if tag < self.virtual_time:
-            tag = self.virtual_time
-            record.finish = tag - record.reserved
-        self._weight += record.weight
-        self._file(record, tag)
-
-    def _file(self, record: Flow[F, T], tag: float) -> None:
-        rank = record.rank
-        if not rank.listed:
-            rank.listed = True
-            self._ranks.append(rank)
-        rank.file(record, tag)
-
-    def _leave(self, record: Flow[F, T]) -> None:
-        if record.filed is not None:
-            record.filed = None
-            if self._by_size:
-                self._weight -= record.weight
-            self._went_stale()
-
-    def _move(self, record: Flow[F, T]) -> None:
-        """File a flow anew, if it is filed, since what it has booked or reserved, or its rank, has changed."""
-        if record.filed is not None:
-            self._file(record, record.finish + record.reserved)
-            self._went_stale()
-
-    def _went_stale(self) -> None:
-        self._stale += 1
-        if self._stale > 64 + 2 * len(self.flows):
-            self._stale = 0
-            for rank in self._ranks:
-                rank.sweep()
-
-    def _rank(self, record: Flow[F, T], cost: float) -> None:
-        """Put a flow whose items cost ``cost`` into a rank of that size."""
-        if not self._by_size:
-            self._weight = math.fsum(r.weight for r in self.flows.values() if r.filed is not None)
-            self._clock = self.virtual_time
-        size = math.frexp(cost)[1]
-        for near in (size, size - 1, size + 1):
-            rank = self._by_size.get(near)
-            if rank is not None and rank.low <= cost < rank.high:
-                break
-        else:
-            rank = self._by_size[size] = Rank(cost)
-        record.rank = rank
-
-    # Items in.
-
-    def push(self, record: Flow[F, T], item: T, cost: float) -> None:
-        """Append one item to its flow."""
-        if record.first is not EMPTY:
-            record.append(item, cost)
-        else:
-            record.first = item
-            if cost != 1.0:
-                record.costs = deque((cost,))
-            self.woken.append(record)
-
-    def pass_item(self, record: Flow[F, T], cost: float) -> None:
-        """Book an item that is handed over straight away, since nothing else is queued and nothing in hand."""
-        finish = record.finish
-        if finish > self.virtual_time:
-            self.virtual_time = finish
-            self._since = 0.0
-        else:
-            finish = self.virtual_time
-        lift = cost * record.inverse
-        self._since += lift
-        record.finish = finish + lift
-
-    # Items out.
 
     def head(self) -> Flow[F, T] | None:
         """Return the flow to be served next; None when none can be served."""
@@ -260,23 +101,19 @@ class FairOrder(Generic[F, T]):
         self._clock = clock = max(clock, least)
         if soonest.rank.tag <= clock:
             return soonest
-        return min(
-            (rank.cost + rank.tag, record)
-            for rank in ranks
-            if (record := rank.first()) is not None and rank.tag <= clock
-        )[1]
+        due = [rank for rank in ranks if rank.first() is not None and rank.tag <= clock]
+        return min(due, key=lambda rank: rank.tag + rank.cost).first()
 
-    def drop(self, record: Flow[F, T]) -> T:
-        """Remove the oldest item of a flow, unserved: nothing is booked."""
-        if record.rest:
-            return record.pop_oldest()
-        return self.discard(record)[0]
-
-    def _emptied(self, record: Flow[F, T]) -> None:
-        record.first, record.rest, record.costs = EMPTY, None, None
-        self._filed -= 1
-        if not self._filed:
-            self._weight = 0.0  # exactly: sums of floats do not cancel
+    def pass_item(self, record: Flow[F, T], cost: float) -> None:
+        """Book an item that is handed over straight away, since nothing else is queued and nothing in hand."""
+        finish = record.finish
+        if finish > self.virtual_time:
+            self.virtual_time = finish
+            self._mark = self.work
+        else:
+            finish = self.virtual_time
+        self.work += cost
+        record.finish = finish + cost * record.inverse
 
     def take_items(self, max_items: int) -> list[T]:
         """Remove up to ``max_items`` items in fair order, each booked at its declared cost.
@@ -306,23 +143,23 @@ class FairOrder(Generic[F, T]):
                 continue
             if tag > self.virtual_time:
                 self.virtual_time = tag
-                self._since = 0.0
+                self._mark = self.work
             if begin + 1 == len(bucket) and bucket[begin].filed == tag:
                 self._take_run(bucket[begin], items, max_items)
                 continue
-            since = self._since
+            work = self.work
             for record in bucket[begin : begin + max_items - len(items)]:
                 begin += 1
                 if record.filed != tag:
                     continue  # a stale place
                 items.append(record.first)
-                lift = record.inverse
+                cost = 1.0
                 if record.costs is not None:
-                    lift *= record.costs.popleft()
+                    cost = record.costs.popleft()
                     if not record.costs:
                         record.costs = None
-                since += lift
-                record.finish = finish = tag + lift
+                work += cost
+                record.finish = finish = tag + cost * record.inverse
                 if record.rest:
                     record.first = record.rest.popleft()
                     record.filed = finish
@@ -337,7 +174,7 @@ class FairOrder(Generic[F, T]):
                     record.first = EMPTY
                     record.rest = None
                     idle += 1
-            self._since = since
+            self.work = work
             rank.next = begin
             rank.trim()
         self._filed -= idle
@@ -361,11 +198,14 @@ class FairOrder(Generic[F, T]):
         count = min(length, max_items - len(items))
         if rank.tags:
             count = min(count, max(1, math.ceil((rank.tags[0] - tag) * record.weight)))
+        cost = 1.0
         if record.costs is not None:
-            count, inverse = 1, inverse * record.costs[0]
-        self._since = inverse
-        self.virtual_time = start = tag + (count - 1) * inverse
-        record.finish = start + inverse
+            count, cost = 1, record.costs[0]
+        if count > 1:
+            self.virtual_time = tag + (count - 1) * inverse
+            self._mark = self.work + (count - 1) * cost
+        self.work += count * cost
+        record.finish = tag + count * cost * inverse
         items.append(record.first)
         if count == length:
             items += record.rest or ()
@@ -420,7 +260,7 @@ class FairOrder(Generic[F, T]):
         finish = record.finish
         if finish > self.virtual_time:
             self.virtual_time = finish
-            self._since = 0.0
+            self._mark = self.work
         record.in_hand += 1
         record.reserved += estimate * record.inverse
         if record.rest:
@@ -435,8 +275,6 @@ class FairOrder(Generic[F, T]):
         if self._weight > 0:
             self._clock += estimate / self._weight
         return delivery
-
-    # Work that is known afterwards.
 
     def settle(self, record: Flow[F, T], declared: float, estimate: float, actual: float) -> None:
         """Book the true cost of an item that was taken, in place of its estimate, and learn from it."""
@@ -459,50 +297,7 @@ class FairOrder(Generic[F, T]):
         self.in_hand -= 1
         record.in_hand -= 1
         record.reserved = record.reserved - estimate * inverse if record.in_hand else 0.0
-        lift = actual * inverse
-        record.finish += lift
-        self._since += lift
+        record.finish += actual * inverse
+        self.work += actual
         if record.filed is not None and not -slack <= record.finish + record.reserved - record.filed <= slack:
             self._move(record)
-
-    def charge(self, record: Flow[F, T], delta: float) -> None:
-        """Book work beyond (or below) what was declared, never to before virtual time."""
-        finish = record.finish + delta * record.inverse
-        if delta < 0:
-            finish = max(finish, min(self.virtual_time, record.finish))
-        record.finish = finish
-        self._move(record)
-
-    # Whole flows.
-
-    def hold(self, record: Flow[F, T]) -> None:
-        """Serve nothing of a flow until as many `resume` as `hold` calls have been made."""
-        if self.woken:
-            self.file_woken()
-        record.held += 1
-        self._holds += 1
-        self._leave(record)
-
-    def resume(self, record: Flow[F, T]) -> bool:
-        """Undo one `hold`; True where the flow has items that can be served now. One too many does nothing."""
-        if not record.held:
-            return False
-        if self.woken:
-            self.file_woken()
-        record.held -= 1
-        self._holds -= 1
-        if record.held or record.first is EMPTY:
-            return False
-        self._enter(record)
-        return True
-
-    def discard(self, record: Flow[F, T]) -> list[T]:
-        """Remove all items of a flow, unserved, oldest first; what it owes and whether it is held stay."""
-        if record.first is EMPTY:
-            return []
-        if self.woken:
-            self.file_woken()
-        items = record.items()
-        self._leave(record)
-        self._emptied(record)
-        return items

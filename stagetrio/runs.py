@@ -82,7 +82,7 @@ def take_runs(order: FairOrder[F, T], max_items: int, quantum: float) -> list[Ru
         max_items -= count
         if record.finish > order.virtual_time:
             order.virtual_time = record.finish
-            order._since = 0.0
+            order._mark = order.work
         order.in_hand += count
         record.in_hand += count
         record.reserved += estimate * count * record.inverse
@@ -142,7 +142,7 @@ def _settle(order: FairOrder[Any, Any], record: Flow[Any, Any], count: int, esti
         order._rate = order._rate + LEARN_ALL * (rate - order._rate) if order._rate else rate
     _release(order, record, count, estimate)
     record.finish += actual * record.inverse
-    order._since += actual * record.inverse
+    order.work += actual
     if record.filed is not None:
         order._move(record)
 
