@@ -5,7 +5,8 @@ is due at a time when the rule *could* first be broken, and looks then: either t
 could be broken next. Activity itself touches no timer. So a connection has at most one entry per rule, and each entry
 is looked at about once per period of its rule, however busy the connection is.
 
-Checks are made in ticks of `TICK` seconds, which is how late one can be.
+Checks that fall into one tick of `TICK` seconds are made together at its end, which is how late one can be. Between
+them the reaper sleeps until the next one is due; nothing due, or nothing for long, costs nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Reaper:
         # [(time, serial, check)], a heap; a check returns the time of its next look, or inf
         self._due: list[tuple[float, int, Callable[[float], float]]] = []
         self._serial = count()
-        self._wake = trio.Event()
+        self._sleeps_until = inf
+        self._wake = trio.Event()  # something is due before that
 
     def at(self, when: float, check: Callable[[float], float]) -> None:
         """Have a check called with the current time, at ``when`` or up to a tick later, and when it says next.
@@ -41,21 +43,24 @@ class Reaper:
         """
         if when != inf:
             heappush(self._due, (when, next(self._serial), check))
-            self._wake.set()
+            if when < self._sleeps_until:
+                self._wake.set()
 
     async def run(self) -> None:
         """Call checks until cancelled; run it in a nursery of the owner's.
 
-        Checkpoints: in every tick.
+        Checkpoints: always.
         """
         while True:
-            if not self._due:
-                self._wake = trio.Event()
-                await self._wake.wait()
             await trio.sleep(TICK)
             now = trio.current_time()
             while self._due and self._due[0][0] <= now:
                 self._call(now)
+            self._sleeps_until = self._due[0][0] if self._due else inf
+            with trio.move_on_at(self._sleeps_until):
+                await self._wake.wait()
+            self._sleeps_until = -inf
+            self._wake = trio.Event()
 
     def _call(self, now: float) -> None:
         check = heappop(self._due)[2]
