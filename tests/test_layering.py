@@ -32,7 +32,6 @@ FLOORS: dict[str, int | str] = {
     "framing": 0,
     "router": 0,
     "reaper": 0,
-    "rules": 1,
     "outbox": 0,
     "failures": 0,
     "broadcast": 0,
@@ -41,7 +40,6 @@ FLOORS: dict[str, int | str] = {
     "stall": 0,
     "events": 0,
     "passes": 0,
-    "bytecode": 0,
     "stopping": 0,
     "turns": 0,
     "remote_output": 0,
@@ -50,6 +48,7 @@ FLOORS: dict[str, int | str] = {
     "run_slots": 0,
     "prefork_worker": 0,
     "service": 0,
+    "rules": 1,
     "alarm": 1,
     "preempt": 1,
     "lease": 1,
@@ -80,7 +79,6 @@ FLOORS: dict[str, int | str] = {
     "nursery_pool": 3,
     "ticket": 3,
     "intake": 3,
-    "worker": 3,
     "arbiter": 3,
     "client": 3,
     "remote_replies": 3,
@@ -88,6 +86,7 @@ FLOORS: dict[str, int | str] = {
     "remote_calling": 3,
     "peer": 3,
     "runs": 3,
+    "worker": 4,
     "fair_queue": 4,
     "accept": 4,
     "all_tickets": 4,
@@ -115,7 +114,7 @@ FLOORS: dict[str, int | str] = {
 }
 
 # Decisions only: they perform no I/O and know no event loop.
-PURE = {"bytecode", "fair_order", "framing", "knee", "ranks", "router", "stopping", "turns"}
+PURE = {"fair_order", "framing", "knee", "ranks", "router", "stopping", "turns"}
 IO = {"trio", "trio_util", "asyncio", "anyio", "socket", "select", "selectors", "threading", "subprocess"}
 ONLY_IN = {"rich": {"cli", "demo"}, "coredis": {"redis"}, "IPython": {"notebook"}, "matplotlib": {"notebook", "demo"}}
 
@@ -202,6 +201,13 @@ def f():
 def test_the_table_of_the_design_is_the_table_here() -> None:
     """``docs/design.md`` lists the same rooms on the same floors."""
     assert design_table() == FLOORS
+
+
+def test_the_table_says_what_is_still_to_come() -> None:
+    """A row ends in ``(to come)`` exactly as long as its room does not exist."""
+    rows = re.findall(r"^\| \S+ \| `(\w+)(?:\.py|/)` \|(.*)\|$", (ROOT / "docs/design.md").read_text(), re.M)
+    promised = {name for name, line in rows if line.rstrip().endswith("(to come)")}
+    assert promised == set(FLOORS) - {room(module) for module in MODULES}
 
 
 def test_every_module_has_a_floor() -> None:
