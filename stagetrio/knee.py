@@ -1,9 +1,6 @@
 """Where more work at a time stops buying throughput, estimated from latencies. Pure: no clock, no event loop.
 
-Theory of operation
-===================
-
-A backend that can do ``c`` things at a time, each in ``s`` seconds, answers ``n`` at a time in ``L(n) = s`` up to the
+Theory of operation. A backend that can do ``c`` things at a time, each in ``s`` seconds, answers ``n`` at a time in ``L(n) = s`` up to the
 knee ``n = c``, and in ``L(n) = s × n / c`` beyond it, where all that is added stands in a queue. So from any point
 beyond the knee the knee can be told at once, ``c = n × s / L``, if ``s`` is known; before the knee the same formula
 says ``c = n``, that is: no queue yet, go on. The limit is kept one above the estimate (a twentieth, where that is
@@ -28,7 +25,7 @@ last mean latency, for they still belong to the old one.
 about the limit: idleness does not shrink it, and does not let it grow. Work that failed or was cancelled says nothing
 about latency, so its samples are not given to this module at all.
 
-Why this and not one of the three laws it was chosen among is told, with figures, in ``docs/adaptive.rst``.
+Why this and not one of the three laws it was chosen among is told, with figures, in ``docs/reference/adaptive.rst``.
 
 Source: Brakmo, Peterson: TCP Vegas (1995), the queue estimate; Cardwell et al.: BBR (2016), the dips; Netflix
 concurrency-limits, the laws it was compared with, and issue #134 there, the drift.
