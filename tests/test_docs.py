@@ -108,6 +108,14 @@ def test_links_between_the_documents_lead_somewhere(name: str) -> None:
             assert (document.parent / target).exists(), target
 
 
+def test_contributors_are_told_of_every_size_that_can_be_set() -> None:
+    """Each environment variable that the tests and benchmarks read has its row, and no row has lost its variable."""
+    sources = "".join(path.read_text() for folder in ("tests", "benchmarks") for path in (ROOT / folder).glob("*.py"))
+    read = set(re.findall(r"environ(?:\.get\(|\[)\s*\"(STAGETRIO_\w+)\"", sources))
+    assert read
+    assert read == set(re.findall(r"^\| `(STAGETRIO_\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M))
+
+
 def test_every_module_is_documented() -> None:
     """Each module stands in the reference or underneath it; the demo's readers read its source (``--show-control``)."""
     pages = [*(ROOT / "docs/reference").glob("*.rst"), ROOT / "docs/internals.rst"]
