@@ -193,4 +193,4 @@ CASES = [
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        trio.run(_serve, *sys.argv[1:])
+        trio.run(_serve, sys.argv[1], sys.argv[2])

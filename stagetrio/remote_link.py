@@ -228,7 +228,7 @@ class Remote:
         Checkpoints: always. A cancellation while it waits for a place means it did not happen; after that it may have
         run, in part or as a whole: it is cancelled over there, and its answer is dropped when it comes.
 
-        Cost: 10 µs of this side's CPU with 64 callers, of which half is waking the caller.
+        Cost: 9 µs of this side's CPU and 4 µs of the other's, with 64 callers, for a procedure that does not block.
         """
         known = self._link.procedure(procedure)
         arguments, keywords = known.pack_arguments(args, kwargs)
