@@ -1,55 +1,30 @@
 """A bounded queue whose consumers are shared fairly among flows, by work.
 
-Theory of operation
-===================
-
-`FairOrder` decides who is next, `Intake` what is let in; this module joins them and adds the receivers.
-
-**Hand-over.** Whoever makes something possible does it on behalf of the one who waits for it, in the same synchronous
-step: a send gives its item to a waiting receiver, a receive puts the item of a waiting sender into the place it has
-freed. A task that waits either has been served, and then its cancellation comes too late, or it has not, and then
-leaving the line undoes everything. So no wake-up can be lost, whatever is cancelled when, and nothing is done in an
-``abort_fn`` except leaving the line.
-
-A receiver of batches is only woken; what there is and what comes until it runs is left for it (``_collecting``), so
-that a burst wakes one task and not all of them. When it runs it takes what it can, and hands the rest on; if somebody
-who did not wait has been faster, it waits again, as the first.
-
-**Where items are taken from** is the order itself, or the `Shedding` in front of it, which takes one by one and looks
-at each. A queue that was not asked for anything of that kind, and has not seen a finite deadline, has none.
+`FairQueue` puts together what other modules do: `stagetrio.fair_order` decides who is next (and `stagetrio.priority`
+among classes), `stagetrio.intake` what is let in, `stagetrio.outlet` who gets it, and `stagetrio.sojourn` what is not
+worth serving any more.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Generic, cast, final
+from typing import Generic, cast
 
 import attrs
-import outcome
 import trio
-from trio.lowlevel import (
-    Abort,
-    RaiseCancelT,
-    cancel_shielded_checkpoint,
-    checkpoint,
-    checkpoint_if_cancelled,
-    current_task,
-    enable_ki_protection,
-    reschedule,
-    wait_task_rescheduled,
-)
+from trio.lowlevel import checkpoint, enable_ki_protection
 
 from stagetrio.fair_order import FairOrder
-from stagetrio.flow import EMPTY, Delivery, F, Flow, T, check_positive
-from stagetrio.intake import Intake
+from stagetrio.flow import EMPTY, Delivery, F, T, check_positive
+from stagetrio.intake import FlowChannel, Intake
+from stagetrio.longest import Longest
+from stagetrio.outlet import Outlet
+from stagetrio.priority import PriorityClass, PriorityOrder
 from stagetrio.runs import Run, put_back, take_runs
+from stagetrio.sojourn import CoDel, OnShed, Sojourn, bare
 
-__all__ = ["Delivery", "FairQueue", "FairQueueStatistics", "FlowChannel"]
-
-Take = Callable[[int], list[Any]]
-
-FEW = 32  # flows at their own bounds with waiting senders up to which all are looked at after a batch
+__all__ = ["CoDel", "Delivery", "FairQueue", "FairQueueStatistics", "FlowChannel", "PriorityClass"]
 
 
 @attrs.frozen
@@ -94,6 +69,13 @@ class FairQueue(Generic[F, T]):
         max_items: Items queued at once, over all flows; ≥ 1 or `math.inf`.
         max_items_per_flow: Items of one flow queued at once; ≥ 1 or `math.inf`.
         weight: The weight of a flow (finite, above 0), asked when the flow is first seen; None: all weigh 1.0.
+        overflow: What happens at ``max_items``. ``"refuse"``: `send_nowait` is refused, `send` waits. ``"evict"``: the
+            flow with the most items loses its newest one to ``on_shed``, unless it is the one that sends.
+        codel: How long items may wait before they are shed; None: as long as it takes. A class has its own.
+        classes: Priority classes, the one that is served first first; none: all flows are in one.
+        class_of: The name of a flow's class, asked when the flow is first seen; needed where there are classes.
+        on_shed: Called with each item that was accepted and will not be served, and the reason: ``"deadline"``,
+            ``"sojourn"`` or ``"evicted"``. It must not raise: an exception comes out of whatever call shed the item.
     """
 
     def __init__(
@@ -102,24 +84,52 @@ class FairQueue(Generic[F, T]):
         *,
         max_items_per_flow: float = math.inf,
         weight: Callable[[F], float] | None = None,
+        overflow: str = "refuse",
+        codel: CoDel | None = None,
+        classes: Sequence[PriorityClass] = (),
+        class_of: Callable[[F], str] | None = None,
+        on_shed: OnShed | None = None,
     ) -> None:
-        if weight is not None and not callable(weight):
-            raise TypeError(f"weight must be callable or None, not {weight!r}")
-        self._order: FairOrder[F, T] = FairOrder(weight=weight)
-        self._flows = self._order.flows
-        self._intake: Intake[F, T] = Intake(
-            self._order, max_items, max_items_per_flow, self._hand_over, self._hand_through
+        for name, function in (("weight", weight), ("class_of", class_of), ("on_shed", on_shed)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be callable or None, not {function!r}")
+        if overflow not in ("refuse", "evict"):
+            raise ValueError(f'overflow must be "refuse" or "evict", not {overflow!r}')
+        if bool(classes) != (class_of is not None):
+            raise ValueError(f"classes and class_of must be given together, not {classes!r} and {class_of!r}")
+        self._order: FairOrder[F, T] | PriorityOrder[F, T] = (
+            FairOrder(weight=weight) if class_of is None else PriorityOrder(classes, class_of, weight)
         )
-        self._receivers = self._intake.receivers  # {task: (how it takes, at most how many)}
-        self._collecting = 0  # items that receivers woken and not yet run may still take
-        self._take_items: Take = self._order.take_items
-        self._take_deliveries: Take = self._order.take
-        self._singly = (self._take_items, 1)  # how `receive` waits
-        self._opened = False
+        self._codel = codel
+        self._on_shed = on_shed
+        self._flows = self._order.flows
+        self._intake: Intake[F, T] = Intake(self._order, max_items, max_items_per_flow)
+        self._intake.evicts = overflow == "evict"
+        self._outlet = self._intake.other_end = Outlet(self._order, self._intake, self._make_sojourn)
         self._shed = self._discarded = 0
+        if class_of is not None:
+            self._intake.go_slow()
+        if overflow == "evict" or codel is not None or any(each.codel is not None for each in classes):
+            self._outlet.begin_to_shed()
 
     def __repr__(self) -> str:
         return f"<FairQueue: {self._intake.items} of {self._intake.max_items} items, {self._order.backlogged} flows>"
+
+    def _make_sojourn(self) -> Sojourn[F, T]:
+        order = self._order
+        return Sojourn(
+            order,
+            codel=(lambda _: self._codel)
+            if isinstance(order, FairOrder)
+            else lambda each: order.codel[each] or self._codel,
+            longest=Longest() if self._intake.evicts else None,
+            on_drop=self._drop,
+            on_shed=self._on_shed,
+        )
+
+    def _drop(self) -> None:
+        self._outlet.count(1)
+        self._shed += 1
 
     # Sending
 
@@ -194,7 +204,7 @@ class FairQueue(Generic[F, T]):
             trio.WouldBlock: There is none now.
             trio.EndOfChannel: The queue is closed, and nothing is left in it.
         """
-        return cast(T, self._take_nowait(self._take_items, 1)[0])
+        return cast(T, self._outlet.take_nowait(self._outlet.take_items, 1)[0])
 
     @enable_ki_protection
     async def receive(self) -> T:
@@ -205,26 +215,11 @@ class FairQueue(Generic[F, T]):
 
         Checkpoints: Always. A cancelled receive has not taken anything.
         """
-        await checkpoint_if_cancelled()
-        if self._intake.items:
-            taken = self._taken(self._take_items, 1)
-            if taken:
-                await cancel_shielded_checkpoint()
-                return cast(T, taken[0])
-        elif self._intake.closed:
-            raise trio.EndOfChannel
-        task = current_task()
-        self._receivers[task] = self._singly
-
-        def leave(_: RaiseCancelT) -> Abort:
-            del self._receivers[task]
-            return Abort.SUCCEEDED
-
-        return cast(T, await wait_task_rescheduled(leave))
+        return cast(T, await self._outlet.receive())
 
     def receive_batch_nowait(self, max_items: int) -> list[T]:
         """Like `receive_batch`, but raises `trio.WouldBlock` where there is nothing now."""
-        return self._take_nowait(self._take_items, max_items)
+        return self._outlet.take_nowait(self._outlet.take_items, max_items)
 
     async def receive_batch(self, max_items: int) -> list[T]:
         """Wait for items, and return as many as there are, at most ``max_items``, in fair order; at least one.
@@ -234,11 +229,11 @@ class FairQueue(Generic[F, T]):
 
         Checkpoints: Always. A cancelled receive has not taken anything.
         """
-        return await self._take_wait(self._take_items, max_items)
+        return await self._outlet.take(self._outlet.take_items, max_items)
 
     def receive_delivery_nowait(self) -> Delivery[F, T]:
         """Like `receive_delivery`, but raises `trio.WouldBlock` where there is nothing now."""
-        return self._take_nowait(self._take_deliveries, 1)[0]  # type: ignore[no-any-return]
+        return self._outlet.take_nowait(self._outlet.take_deliveries, 1)[0]  # type: ignore[no-any-return]
 
     async def receive_delivery(self) -> Delivery[F, T]:
         """Wait for the next item in fair order, whose true cost the caller will tell by `Delivery.settle`.
@@ -248,11 +243,11 @@ class FairQueue(Generic[F, T]):
 
         Checkpoints: Always. A cancelled receive has not taken anything.
         """
-        return (await self._take_wait(self._take_deliveries, 1))[0]  # type: ignore[no-any-return]
+        return (await self._outlet.take(self._outlet.take_deliveries, 1))[0]  # type: ignore[no-any-return]
 
     def receive_deliveries_nowait(self, max_items: int) -> list[Delivery[F, T]]:
         """Like `receive_deliveries`, but raises `trio.WouldBlock` where there is nothing now."""
-        return self._take_nowait(self._take_deliveries, max_items)
+        return self._outlet.take_nowait(self._outlet.take_deliveries, max_items)
 
     async def receive_deliveries(self, max_items: int) -> list[Delivery[F, T]]:
         """Wait for items, and return as many as there are as deliveries, at most ``max_items``, at least one.
@@ -262,7 +257,7 @@ class FairQueue(Generic[F, T]):
 
         Checkpoints: Always. A cancelled receive has not taken anything.
         """
-        return await self._take_wait(self._take_deliveries, max_items)
+        return await self._outlet.take(self._outlet.take_deliveries, max_items)
 
     def receive_runs_nowait(self, max_items: int, quantum: float) -> list[Run[F, T]]:
         """Take items in runs of one flow each, up to ``quantum`` of estimated work: for a consumer that serves in turn.
@@ -275,17 +270,29 @@ class FairQueue(Generic[F, T]):
             trio.WouldBlock: There is nothing now.
             trio.EndOfChannel: The queue is closed, and nothing is left in it.
         """
-        intake = self._intake
-        if not intake.items and not intake.closed:
+        if not self._intake.items and not self._intake.closed:
             raise trio.WouldBlock
-        if intake.waiting or intake.closed or not self._opened:
-            return self._take_nowait(lambda _: take_runs(self._order, 1, quantum), max_items)
-        runs = take_runs(self._order, max_items, quantum)
-        if not runs:
-            raise trio.WouldBlock
-        for run in runs:
-            self._count(len(run.items))
-        return runs
+        if self._outlet.hurried and isinstance(self._order, FairOrder):
+            runs = take_runs(self._order, max_items, quantum)
+            if not runs:
+                raise trio.WouldBlock
+            for run in runs:
+                self._outlet.count(len(run.items))
+            return runs
+        return self._outlet.take_nowait(self._take_run(quantum), max_items)
+
+    def _take_run(self, quantum: float) -> Callable[[int], list[Run[F, T]]]:
+        def take(_: int) -> list[Run[F, T]]:
+            sojourn = self._outlet.sojourn
+            record = self._order.head() if sojourn is None or sojourn.clear() else None
+            if record is None:
+                return []
+            runs: list[Run[F, T]] = take_runs(record.order, 1, quantum)
+            for run in runs:
+                run.items[0] = bare(run.items[0])
+            return runs
+
+        return take
 
     def put_back(self, run: Run[F, T]) -> bool:
         """Give the items of a run that have not begun back to the front of their flow, to be ordered anew.
@@ -294,7 +301,7 @@ class FairQueue(Generic[F, T]):
         """
         if self._intake.items + len(run.items) > self._intake.max_items:
             return False
-        self._count(-put_back(run))
+        self._outlet.count(-put_back(run))
         return True
 
     async def receive_run(self, quantum: float) -> Run[F, T]:
@@ -305,111 +312,8 @@ class FairQueue(Generic[F, T]):
 
         Checkpoints: Always. A cancelled receive has not taken anything.
         """
-        run: Run[F, T] = (await self._take_wait(lambda count: take_runs(self._order, count, quantum), 1))[0]
+        run: Run[F, T] = (await self._outlet.take(self._take_run(quantum), 1))[0]
         return run
-
-    def _count(self, taken: int) -> None:
-        self._intake.items -= taken
-        self._intake.drained += taken
-
-    def _take_nowait(self, take: Take, max_items: int) -> list[Any]:
-        taken = self._taken(take, max_items)
-        if not taken:
-            self._check_empty(max_items)
-            raise trio.WouldBlock
-        return taken
-
-    def _check_empty(self, max_items: int) -> None:
-        if max_items < 1:
-            raise ValueError(f"max_items must be at least 1, not {max_items!r}")
-        if self._intake.closed and not self._intake.items:
-            raise trio.EndOfChannel
-
-    @enable_ki_protection
-    def _taken(self, take: Take, max_items: int) -> list[Any]:
-        intake = self._intake
-        if intake.waiting or intake.closed or not self._opened:
-            return self._taken_slowly(take, max_items)
-        taken = take(max_items)
-        intake.items -= len(taken)
-        intake.drained += len(taken)
-        return taken
-
-    def _taken_slowly(self, take: Take, max_items: int) -> list[Any]:
-        """Take, let senders in, and take what they have sent; see what the first and the last item open or end."""
-        intake = self._intake
-        taken: list[Any] = []
-        while len(taken) < max_items:
-            served = self._order.head() if len(intake.blocked) > FEW else None
-            more = take(max_items - len(taken) if served is None else 1)
-            if not more:
-                break
-            taken += more
-            self._count(len(more))
-            if not intake.waiting:
-                continue
-            for record in list(intake.blocked) if served is None else (served,):
-                intake.unblock(record)
-            intake.admit()
-        if taken and not self._opened:
-            self._opened = True
-            intake.opened()
-        self._end_if_drained()
-        return taken
-
-    async def _take_wait(self, take: Take, max_items: int) -> list[Any]:
-        await checkpoint_if_cancelled()
-        if self._intake.items:
-            taken = self._taken(take, max_items)
-            if taken:
-                await cancel_shielded_checkpoint()
-                return taken
-        self._check_empty(max_items)
-        return await self._park(take, max_items)
-
-    @enable_ki_protection
-    async def _park(self, take: Take, max_items: int) -> list[Any]:
-        task = current_task()
-        self._receivers[task] = (take, max_items)
-
-        def leave(_: RaiseCancelT) -> Abort:
-            del self._receivers[task]
-            return Abort.SUCCEEDED
-
-        while True:
-            item = await wait_task_rescheduled(leave)
-            if max_items == 1:
-                return [item]
-            self._collecting -= max_items
-            taken = self._taken(take, max_items)
-            if self._receivers:
-                self._hand_over()
-            if taken:
-                return taken
-            self._receivers[task] = (take, max_items)  # somebody else was faster
-            self._receivers.move_to_end(task, last=False)
-
-    def _hand_through(self, record: Flow[F, T], item: T, cost: float) -> bool:
-        """Give an item to the receiver that has waited longest, if that one takes items singly."""
-        task, how = self._receivers.popitem(last=False)
-        if how is not self._singly or self._order.in_hand or not self._opened:
-            self._receivers[task] = how
-            self._receivers.move_to_end(task, last=False)
-            return False
-        self._order.pass_item(record, cost)
-        self._intake.drained += 1
-        reschedule(task, outcome.Value(item))
-        return True
-
-    def _hand_over(self) -> None:
-        """Give queued items to waiting receivers, except those a woken receiver is about to collect."""
-        while self._receivers and self._intake.items > self._collecting and self._order.head() is not None:
-            task, (take, max_items) = self._receivers.popitem(last=False)
-            if max_items == 1:
-                reschedule(task, outcome.Value(self._taken(take, 1)[0]))
-            else:
-                self._collecting += max_items
-                reschedule(task)
 
     # Flows as a whole
 
@@ -422,7 +326,8 @@ class FairQueue(Generic[F, T]):
         """
         if not math.isfinite(delta):
             raise ValueError(f"delta must be finite, not {delta!r}")
-        self._order.charge(self._order.flow(flow), delta)
+        record = self._order.flow(flow)
+        record.order.charge(record, delta)
 
     @enable_ki_protection
     def discard(self, flow: F) -> list[T]:
@@ -434,14 +339,11 @@ class FairQueue(Generic[F, T]):
         record = self._flows.get(flow)
         if record is None:
             return []
-        items = self._order.discard(record)
-        self._intake.items -= len(items)
-        self._intake.drained += len(items)
+        items = [bare(item) for item in record.order.discard(record)]
+        self._outlet.count(len(items))
         self._discarded += len(items)
-        self._intake.unblock(record)
-        self._intake.admit()
-        self._hand_over()
-        self._end_if_drained()
+        self._outlet.settle_ends()
+        self._outlet.hand_over()
         return items
 
     @enable_ki_protection
@@ -450,7 +352,8 @@ class FairQueue(Generic[F, T]):
 
         Calls add up: a flow held twice is served after the second `resume`.
         """
-        self._order.hold(self._order.flow(flow))
+        record = self._order.flow(flow)
+        record.order.hold(record)
 
     @enable_ki_protection
     def resume(self, flow: F) -> None:
@@ -459,8 +362,8 @@ class FairQueue(Generic[F, T]):
         A flow that is not held is left as it is.
         """
         record = self._flows.get(flow)
-        if record is not None and self._order.resume(record):
-            self._hand_over()
+        if record is not None and record.order.resume(record):
+            self._outlet.hand_over()
 
     # The end
 
@@ -472,7 +375,7 @@ class FairQueue(Generic[F, T]):
         """
         if not self._intake.closed:
             self._intake.close()
-            self._end_if_drained()
+            self._outlet.settle_ends()
 
     async def aclose(self) -> None:
         """Do what `close` does.
@@ -481,12 +384,6 @@ class FairQueue(Generic[F, T]):
         """
         self.close()
         await checkpoint()
-
-    def _end_if_drained(self) -> None:
-        if self._intake.closed and not self._intake.items:
-            while self._receivers:
-                task, _ = self._receivers.popitem(last=False)
-                reschedule(task, outcome.Error(trio.EndOfChannel()))
 
     def __aiter__(self) -> AsyncIterator[T]:
         return self
@@ -505,9 +402,9 @@ class FairQueue(Generic[F, T]):
             max_items=intake.max_items,
             flows_backlogged=order.backlogged,
             flows_known=len(order.flows),
-            in_hand=order.in_hand - len(order.abandoned),
+            in_hand=order.in_hand - order.lost,
             tasks_waiting_send=intake.waiting,
-            tasks_waiting_receive=len(self._receivers),
+            tasks_waiting_receive=len(intake.receivers),
             sent=intake.items + intake.drained,
             received=intake.drained - self._shed - self._discarded,
             refused=intake.refused,
@@ -515,108 +412,3 @@ class FairQueue(Generic[F, T]):
             discarded=self._discarded,
             closed=intake.closed,
         )
-
-
-@final
-class FlowChannel(trio.abc.SendChannel[T], Generic[F, T]):
-    """Sends items of one flow to a `FairQueue`. Closing it closes neither the queue nor the flow."""
-
-    def __init__(self, intake: Intake[F, T], record: Flow[F, T]) -> None:
-        self._intake = intake
-        self._record = record
-        self._closed = False
-        record.pins += 1
-
-    def __del__(self) -> None:
-        self.close()
-
-    @property
-    def flow(self) -> F:
-        """The flow it sends to."""
-        return self._record.key
-
-    @property
-    def backlog(self) -> int:
-        """Items of this flow queued now."""
-        return len(self._record)
-
-    @enable_ki_protection
-    def send_nowait(self, item: T, cost: float = 1.0) -> None:
-        """Queue an item, or refuse it at once: `FairQueue.send_nowait`.
-
-        Raises:
-            Overloaded: At a bound.
-            trio.ClosedResourceError: The channel or its queue is closed.
-        """
-        if self._closed:
-            raise trio.ClosedResourceError("the channel is closed")
-        record, intake = self._record, self._intake
-        count = intake.items
-        if count >= intake.soft or cost != 1.0 or intake.receivers:
-            intake.send_nowait(record, item, cost)
-            return
-        if record.first is EMPTY:
-            record.first = item
-            intake.woken.append(record)
-        else:
-            rest = record.rest
-            if rest is None or len(rest) >= intake.rest_bound or record.costs is not None:
-                intake.send_nowait(record, item, cost)
-                return
-            rest.append(item)
-        intake.items = count + 1
-
-    @enable_ki_protection
-    def send_many_nowait(self, items: Sequence[T], cost: float = 1.0) -> int:
-        """Queue as many items as there are places for, in order, and return their number; the rest is refused.
-
-        Args:
-            items: What to send.
-            cost: The work each of them is, finite and above 0.
-
-        Raises:
-            trio.ClosedResourceError: The channel or its queue is closed.
-
-        Cost: 0.02 µs per item beyond the first.
-        """
-        if self._closed:
-            raise trio.ClosedResourceError("the channel is closed")
-        return self._intake.send_many_nowait(self._record, items, cost)
-
-    @enable_ki_protection
-    async def send(self, value: T, cost: float = 1.0) -> None:
-        """Queue an item; wait for a place where there is none: `FairQueue.send`.
-
-        Raises:
-            trio.ClosedResourceError: The channel or its queue is closed.
-
-        Checkpoints: Always. A cancelled send has not queued anything.
-        """
-        if self._closed:
-            raise trio.ClosedResourceError("the channel is closed")
-        await checkpoint_if_cancelled()
-        intake, record = self._intake, self._record
-        if intake.items < intake.soft and record.first is EMPTY and record.waiters is None:
-            if cost == 1.0 and not intake.receivers:
-                record.first = value
-                intake.woken.append(record)
-                intake.items += 1
-            else:
-                intake.put(record, value, check_positive("cost", cost))
-            await cancel_shielded_checkpoint()
-        else:
-            await intake.send(record, value, cost)
-
-    def close(self) -> None:
-        """Send nothing more through this channel. What is queued stays queued."""
-        if not self._closed:
-            self._closed = True
-            self._record.pins -= 1
-
-    async def aclose(self) -> None:
-        """Do what `close` does.
-
-        Checkpoints: Always; the channel is closed even where it is cancelled.
-        """
-        self.close()
-        await checkpoint()

@@ -63,6 +63,11 @@ class Filing(Generic[F, T]):
         """The number of flows with items."""
         return self._filed + len(self.woken)
 
+    @property
+    def lost(self) -> int:
+        """Deliveries among those in hand that were dropped, and are not booked yet."""
+        return len(self.abandoned)
+
     def flow(self, key: F, weight: float | None = None) -> Flow[F, T]:
         """Return the record of a flow, a new one where there is none. A given ``weight`` stays with the record."""
         record = self.flows.get(key)
@@ -83,7 +88,7 @@ class Filing(Generic[F, T]):
     def _forget(self) -> None:
         ring = self._ring
         excess = len(self.flows) >= 2 * self._max_idle
-        for _ in range(2):
+        for _ in range(min(2, len(ring))):
             record = ring.popleft()
             used = len(record) or record.in_hand or record.held or record.pins or record.waiters
             if not used and (record.finish <= self.virtual_time or excess):
@@ -153,7 +158,7 @@ class Filing(Generic[F, T]):
     def _rank(self, record: Flow[F, T], cost: float) -> None:
         """Put a flow whose items cost ``cost`` into a rank of that size."""
         if not self._by_size:
-            self._weight = math.fsum(r.weight for r in self.flows.values() if r.filed is not None)
+            self._weight = math.fsum(r.weight for r in self.flows.values() if r.filed is not None and r.order is self)
             self._clock = self.virtual_time
         size = math.frexp(cost)[1]
         for near in (size, size - 1, size + 1):

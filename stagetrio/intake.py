@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol
+from collections.abc import Sequence
+from typing import Any, Generic, Protocol, final
 
 import outcome
 import trio
@@ -35,6 +35,8 @@ from trio.lowlevel import (
     Abort,
     RaiseCancelT,
     Task,
+    cancel_shielded_checkpoint,
+    checkpoint_if_cancelled,
     current_task,
     enable_ki_protection,
     reschedule,
@@ -42,7 +44,7 @@ from trio.lowlevel import (
 )
 
 from stagetrio.flow import EMPTY, F, Flow, T, check_positive
-from stagetrio.limiter import Overloaded
+from stagetrio.overload import Overloaded
 
 PILE = 32  # items up to which no flow is thought to pile up
 WINDOW = 1.0  # seconds over which the drain is measured
@@ -76,11 +78,24 @@ class Order(Protocol):
 
 
 class Shedder(Protocol):
-    """What sheds items that others should have the place of."""
+    """What sheds items; see `stagetrio.sojourn`."""
 
     def stamp(self, record: Flow[Any, Any], item: Any, deadline: float) -> Any: ...
 
     def make_room(self, record: Flow[Any, Any]) -> bool: ...
+
+
+class Receivers(Protocol):
+    """The other end."""
+
+    def hand_over(self) -> None:
+        """Called when there are items and receivers that wait."""
+
+    def hand_through(self, record: Flow[Any, Any], item: Any, cost: float) -> bool:
+        """Called when a receiver waits and nothing is queued; tells whether it was given the item."""
+
+    def begin_to_shed(self) -> None:
+        """Called when an item has a deadline and there is no shedder yet, which there is afterwards."""
 
 
 class Intake(Generic[F, T]):
@@ -90,8 +105,6 @@ class Intake(Generic[F, T]):
         order: Where the items go.
         max_items: Items queued at once, over all flows.
         max_items_per_flow: Items of one flow queued at once.
-        hand_over: Called when there are items and receivers that wait for them.
-        hand_through: Called when a receiver waits and nothing is queued; tells whether it has given it the item.
     """
 
     def __init__(
@@ -99,8 +112,6 @@ class Intake(Generic[F, T]):
         order: Order,
         max_items: float,
         max_items_per_flow: float,
-        hand_over: Callable[[], None],
-        hand_through: Callable[[Flow[F, T], T, float], bool],
     ) -> None:
         self.order = order
         self.max_items = check_bound("max_items", max_items)
@@ -108,30 +119,31 @@ class Intake(Generic[F, T]):
         self.rest_bound = self._flow_bound - 1  # of the items behind a flow's first
         self._reserve = max(0, (int(max_items) - 64) // 8) if max_items != math.inf else 0
         self.woken = order.woken
-        self._hand_over = hand_over
-        self._hand_through = hand_through
-        self.receivers: OrderedDict[Task, Any] = OrderedDict()  # those that wait; the queue's
+        self.other_end: Receivers
+        self.receivers: OrderedDict[Task, Any] = OrderedDict()  # those that wait there
         self.items = 0
         self.soft = self.max_items  # up to here a send needs no decision; -1: always one
         self.shedder: Shedder | None = None
+        self._fast = True
         self.closed = False
         self.waiting = 0  # tasks
+        self.evicts = False  # the longest flow gives way instead
         self._lines: OrderedDict[Flow[F, T], None] = OrderedDict()  # flows with waiting senders, next turn first
         self.blocked: set[Flow[F, T]] = set()  # those of them that are at their own bound
         self.drained = self.refused = 0
         self._measured: tuple[float, int] | None = None  # when, and after how many items, the window began
         self._rate = 0.0
 
-    def use_shedder(self, shedder: Shedder) -> None:
-        """Have every item stamped from now on."""
+    def go_slow(self, shedder: Shedder | None = None) -> None:
+        """Let every item come through the methods, because there are classes, or because a shedder stamps it."""
+        self.soft = -1
+        self._fast = False
         self.shedder = shedder
-        if not self.closed:
-            self.soft = -1
 
     def opened(self) -> None:
         """Take note of the first receive."""
         self._measured = now(), self.drained
-        if self.soft > 0:
+        if self.soft > 0 and self.max_items != math.inf:
             self.soft = self.max_items - self._reserve
 
     def send_nowait(self, record: Flow[F, T], item: T, cost: float, deadline: float = math.inf) -> None:
@@ -174,23 +186,25 @@ class Intake(Generic[F, T]):
                 record.append(item, 1.0)
         self.items += count
         if self.receivers:
-            self._hand_over()
+            self.other_end.hand_over()
         return count
 
     def put(self, record: Flow[F, T], item: T, cost: float, deadline: float = math.inf) -> None:
         """Queue an item that is let in, or give it to a receiver that waits."""
+        if deadline != math.inf and self.shedder is None:
+            self.other_end.begin_to_shed()
         if self.shedder is not None:
             item = self.shedder.stamp(record, item, deadline)
-        elif self.receivers and not self.items and not record.held and self._hand_through(record, item, cost):
+        elif self.receivers and not self.items and not record.held and self.other_end.hand_through(record, item, cost):
             return
-        if record.first is EMPTY and cost == 1.0:
+        if record.first is EMPTY and cost == 1.0 and self._fast:
             record.first = item
             self.woken.append(record)
         else:
             self.order.push(record, item, cost)
         self.items += 1
         if self.receivers:
-            self._hand_over()
+            self.other_end.hand_over()
 
     def refusal(self, record: Flow[F, T]) -> str | None:
         """Return the bound at which an item of this flow is not let in; None where it is.
@@ -209,6 +223,7 @@ class Intake(Generic[F, T]):
             return "queue"
         if (
             own >= PILE
+            and not self.evicts
             and self.items >= self.max_items - self._reserve
             and self._measured is not None
             and len(self.order.flows) > 1
@@ -246,14 +261,14 @@ class Intake(Generic[F, T]):
 
         Checkpoints: Always. A cancelled send has not queued anything.
         """
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await checkpoint_if_cancelled()
         if record.waiters is None and (
             (self.items < self.soft and len(record) < self._flow_bound) or self.refusal(record) is None
         ):
             if cost != 1.0:
                 check_positive("cost", cost)
             self.put(record, item, cost, deadline)
-            await trio.lowlevel.cancel_shielded_checkpoint()
+            await cancel_shielded_checkpoint()
         else:
             check_positive("cost", cost)
             await self._wait(record, (item, cost, deadline))
@@ -282,14 +297,16 @@ class Intake(Generic[F, T]):
             self._lines.pop(record, None)
             self.blocked.discard(record)
 
-    def unblock(self, record: Flow[F, T]) -> None:
-        """Let a flow that was at its own bound take its turn again, if it is not any more."""
-        if record in self.blocked and len(record) < self._flow_bound:
-            self.blocked.remove(record)
-            self._lines[record] = None
+    def let_in(self, served: Flow[F, T] | None) -> None:
+        """Put items of waiting senders into the places that are free, one of each flow in turn.
 
-    def admit(self) -> None:
-        """Put items of waiting senders into the places that are free, one of each flow in turn."""
+        Args:
+            served: The one flow of which items were taken; None: there may be several.
+        """
+        for record in list(self.blocked) if served is None else (served,):
+            if record in self.blocked and len(record) < self._flow_bound:
+                self.blocked.remove(record)
+                self._lines[record] = None
         lines = self._lines
         unlucky = 0  # lines looked at since one was served
         while unlucky < len(lines) and self.items < self.max_items:
@@ -319,3 +336,108 @@ class Intake(Generic[F, T]):
         self._lines.clear()
         self.blocked.clear()
         self.waiting = 0
+
+
+@final
+class FlowChannel(trio.abc.SendChannel[T], Generic[F, T]):
+    """Sends items of one flow to a `FairQueue`. Closing it closes neither the queue nor the flow."""
+
+    def __init__(self, intake: Intake[F, T], record: Flow[F, T]) -> None:
+        self._intake = intake
+        self._record = record
+        self._closed = False
+        record.pins += 1
+
+    def __del__(self) -> None:
+        self.close()
+
+    @property
+    def flow(self) -> F:
+        """The flow it sends to."""
+        return self._record.key
+
+    @property
+    def backlog(self) -> int:
+        """Items of this flow queued now."""
+        return len(self._record)
+
+    @enable_ki_protection
+    def send_nowait(self, item: T, cost: float = 1.0) -> None:
+        """Queue an item, or refuse it at once: `FairQueue.send_nowait`.
+
+        Raises:
+            Overloaded: At a bound.
+            trio.ClosedResourceError: The channel or its queue is closed.
+        """
+        if self._closed:
+            raise trio.ClosedResourceError("the channel is closed")
+        record, intake = self._record, self._intake
+        count = intake.items
+        if count >= intake.soft or cost != 1.0 or intake.receivers:
+            intake.send_nowait(record, item, cost)
+            return
+        if record.first is EMPTY:
+            record.first = item
+            intake.woken.append(record)
+        else:
+            rest = record.rest
+            if rest is None or len(rest) >= intake.rest_bound or record.costs is not None:
+                intake.send_nowait(record, item, cost)
+                return
+            rest.append(item)
+        intake.items = count + 1
+
+    @enable_ki_protection
+    def send_many_nowait(self, items: Sequence[T], cost: float = 1.0) -> int:
+        """Queue as many items as there are places for, in order, and return their number; the rest is refused.
+
+        Args:
+            items: What to send.
+            cost: The work each of them is, finite and above 0.
+
+        Raises:
+            trio.ClosedResourceError: The channel or its queue is closed.
+
+        Cost: 0.02 µs per item beyond the first.
+        """
+        if self._closed:
+            raise trio.ClosedResourceError("the channel is closed")
+        return self._intake.send_many_nowait(self._record, items, cost)
+
+    @enable_ki_protection
+    async def send(self, value: T, cost: float = 1.0) -> None:
+        """Queue an item; wait for a place where there is none: `FairQueue.send`.
+
+        Raises:
+            trio.ClosedResourceError: The channel or its queue is closed.
+
+        Checkpoints: Always. A cancelled send has not queued anything.
+        """
+        if self._closed:
+            raise trio.ClosedResourceError("the channel is closed")
+        await checkpoint_if_cancelled()
+        intake, record = self._intake, self._record
+        if intake.items < intake.soft and record.first is EMPTY and record.waiters is None:
+            if cost == 1.0 and not intake.receivers:
+                record.first = value
+                intake.woken.append(record)
+                intake.items += 1
+            else:
+                intake.put(record, value, check_positive("cost", cost))
+            await cancel_shielded_checkpoint()
+        else:
+            await intake.send(record, value, cost)
+
+    def close(self) -> None:
+        """Send nothing more through this channel. What is queued stays queued."""
+        if not self._closed:
+            self._closed = True
+            self._record.pins -= 1
+
+    async def aclose(self) -> None:
+        """Do what `close` does.
+
+        Checkpoints: Always; the channel is closed even where it is cancelled.
+        """
+        self.close()
+        await trio.lowlevel.checkpoint()
