@@ -1,11 +1,11 @@
 """Where more work at a time stops buying throughput, estimated from latencies. Pure: no clock, no event loop.
 
-Theory of operation. A backend that can do ``c`` things at a time, each in ``s`` seconds, answers ``n`` at a time in ``L(n) = s`` up to the
-knee ``n = c``, and in ``L(n) = s × n / c`` beyond it, where all that is added stands in a queue. So from any point
-beyond the knee the knee can be told at once, ``c = n × s / L``, if ``s`` is known; before the knee the same formula
-says ``c = n``, that is: no queue yet, go on. The limit is kept one above the estimate (a twentieth, where that is
-more), so that there is a queue of one to be seen, and grows by itself where there is none. Growth that is confirmed by
-the next window speeds up by half each time.
+Theory of operation. A backend that can do ``c`` things at a time, each in ``s`` seconds, answers ``n`` at a time in
+``L(n) = s`` up to the knee ``n = c``, and in ``L(n) = s × n / c`` beyond it, where all that is added stands in a queue.
+So from any point beyond the knee the knee can be told at once, ``c = n × s / L``, if ``s`` is known; before the knee
+the same formula says ``c = n``, that is: no queue yet, go on. The limit is kept one above the estimate (a twentieth,
+where that is more), so that there is a queue of one to be seen, and grows by itself where there is none. Growth that is
+confirmed by the next window speeds up by half each time.
 
 **The baseline** ``s`` is where such laws go wrong. A minimum over all time falls for ever when latencies are noisy,
 and never rises when the backend gets slower. A long average (Gradient2), or a fresh sample now and then (Vegas with

@@ -51,11 +51,12 @@ W = TypeVar("W", bound=Waiter)
 
 
 class _Flow(Generic[W]):
-    __slots__ = ("inverse", "name", "queue", "tag")
+    __slots__ = ("inverse", "name", "queue", "serial", "tag")
 
     def __init__(self, name: Hashable, tag: float, weight: float) -> None:
         self.name = name
         self.tag = tag
+        self.serial = 0  # of its filing: who was filed first goes first among equals
         self.inverse = 1 / weight
         self.queue: deque[W] = deque()  # some of those that gave up included, but none at its ends
 
@@ -241,16 +242,16 @@ class Line(Generic[W]):
         tag = max(self._virtual, self._finished.pop(name, 0.0))
         flow = self._flows[name] = _Flow[W](name, tag, weight)
         self._weight_sum += weight
-        self._serial += 1
-        heapq.heappush(self._turns, (tag, self._serial, flow))
+        self._serial = flow.serial = self._serial + 1
+        heapq.heappush(self._turns, (tag, flow.serial, flow))
         return flow
 
     def _refile_top(self) -> None:
         """File the flow on top of the heap by its present tag, or let it depart."""
         flow = self._turns[0][2]
         if flow.queue:
-            self._serial += 1
-            heapq.heapreplace(self._turns, (flow.tag, self._serial, flow))
+            self._serial = flow.serial = self._serial + 1
+            heapq.heapreplace(self._turns, (flow.tag, flow.serial, flow))
         else:
             heapq.heappop(self._turns)
             self._depart(flow)
@@ -282,7 +283,7 @@ class Line(Generic[W]):
     def position(self, waiter: W) -> int:
         """Estimate how many would be served up to and including `waiter` if nobody came or went; 0 if it does not wait.
 
-        Cost: proportional to the flows that wait and to the waiters of its own.
+        Cost: proportional to the flows that wait and to the waiters of its own; to all when some gave up lately.
         """
         if not waiter.in_line:
             behind = self._keys.get(waiter.key)
@@ -299,5 +300,9 @@ class Line(Generic[W]):
                 tag += other.cost * own.inverse
         for flow in self._flows.values():
             if flow is not own and flow.tag <= tag:
-                position += min(len(flow.queue), 1 + int((tag - flow.tag) / flow.inverse))
+                turns, rest = divmod(tag - flow.tag, flow.inverse)
+                # At the same tag the one goes first that was filed there first, or came there from higher up.
+                first = rest > 0 or (-flow.tag, flow.serial) < (-own.tag, own.serial)
+                waiting = sum(other.in_line for other in flow.queue) if self._gone else len(flow.queue)
+                position += min(waiting, int(turns) + first)
         return position
