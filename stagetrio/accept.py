@@ -19,7 +19,15 @@ from stagetrio.hub import Hub
 from stagetrio.limiter import RateLimiter
 from stagetrio.nursery_pool import NurseryPool
 from stagetrio.reaper import Reaper
-from stagetrio.sockets import ACCEPT_PAUSE, ACCEPT_SKIP, Address, SocketListener, address_of, set_connection_options
+from stagetrio.sockets import (
+    ACCEPT_PAUSE,
+    ACCEPT_SKIP,
+    VANISHED_WITHIN,
+    Address,
+    SocketListener,
+    address_of,
+    set_connection_options,
+)
 from stagetrio.tls import TlsListener
 from stagetrio.transport import HubTransport, StreamTransport, Transport
 
@@ -37,13 +45,23 @@ class Acceptor:
         reaper: What looks after handshakes.
         welcome: Called with each new transport and the address of the other side, None if it has none.
         pace: How fast connections are taken; None: as they come.
+        vanished_within: Seconds after which a silent host counts as lost, see `set_connection_options`.
     """
 
-    def __init__(self, hub: Hub | None, reaper: Reaper, welcome: Welcome, *, pace: RateLimiter | None = None) -> None:
+    def __init__(
+        self,
+        hub: Hub | None,
+        reaper: Reaper,
+        welcome: Welcome,
+        *,
+        pace: RateLimiter | None = None,
+        vanished_within: float = VANISHED_WITHIN,
+    ) -> None:
         self._hub = hub
         self._reaper = reaper
         self._hand_over = welcome
         self._pace = pace
+        self._vanished_within = vanished_within
         self._scope = trio.CancelScope()
         #: Times accepting failed, for one connection or for all.
         self.errors = 0
@@ -108,7 +126,7 @@ class Acceptor:
     def _welcome_socket(self, sock: socket.socket, hub: Hub, welcome: Welcome) -> None:
         try:
             sock.setblocking(False)
-            set_connection_options(sock)
+            set_connection_options(sock, self._vanished_within)
             address = address_of(sock, remote=True)
         except OSError:  # gone already
             self.errors += 1

@@ -103,6 +103,8 @@ class Exchange(Generic[M]):
         peer, payload = item
         if isinstance(error, Overloaded):
             self.refuse(peer, payload, error)
+        elif isinstance(error, trio.ClosedResourceError) and peer.closed:
+            self.undeliverable += 1  # the handler wanted to send, and its peer was gone: a stranger's doing, no mistake
         else:
             self.failed += 1
             if self._on_error is None:

@@ -58,6 +58,8 @@ class PeerLimits:
         min_receive_rate: Bytes per second at which a long frame may take longer than ``frame_within``.
         send_grace: Seconds over which the other side's reading is measured while output is pending.
         min_send_rate: Bytes per second the other side must read while output is pending.
+        vanished_within: Seconds after which the other side of a TCP connection counts as lost if nothing at all comes
+            from it, not even from its kernel, see `stagetrio.sockets.set_connection_options`.
         linger: Seconds from the end of a connection until it is closed without ceremony.
     """
 
@@ -70,4 +72,5 @@ class PeerLimits:
     min_receive_rate: float = attrs.field(default=240.0, validator=_not_negative)
     send_grace: float = attrs.field(default=5.0, validator=_positive)
     min_send_rate: float = attrs.field(default=240.0, validator=_not_negative)
+    vanished_within: float = attrs.field(default=90.0, validator=_positive)
     linger: float = attrs.field(default=5.0, validator=_positive)

@@ -62,7 +62,7 @@ class ServerStatistics:
         discarded: Messages dropped unhandled because their connection had ended.
         refused: Messages answered by a refusal.
         failed: Messages whose handler raised.
-        undeliverable: Replies whose connection had ended.
+        undeliverable: Replies whose connection had ended, and handlers that ended in the attempt to send to it.
         dropped: Messages sent to peers whose outbox was full, and left out.
         coalesced: Messages sent to peers, and replaced by a later one of the same key before they were written.
         stage: The statistics of the stage and, within, of its queue.
@@ -148,7 +148,13 @@ class StageServer(Generic[M]):
         self._touched: list[Peer[Any]] = []
         self._flusher: Task | None = None  # while it waits
         self._scope = trio.CancelScope()
-        self._acceptor = Acceptor(self._hub, self._reaper, self._welcome, pace=self._admission.pace)
+        self._acceptor = Acceptor(
+            self._hub,
+            self._reaper,
+            self._welcome,
+            pace=self._admission.pace,
+            vanished_within=limits.vanished_within,
+        )
         self._emptied = trio.Event()
         self._ended = trio.Event()
         self._pool: NurseryPool

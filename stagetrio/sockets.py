@@ -14,7 +14,8 @@ What is set on every TCP connection, and why:
 option           value    reason
 ================ ======== =================================================================================
 TCP_NODELAY      on       output is batched by the outbox already; Nagle's delay would only be added to it
-SO_KEEPALIVE     on       with 60 s idle, 10 s apart, 3 probes: a vanished peer is noticed within 90 s
+SO_KEEPALIVE     on       with 60 s idle, 10 s apart, 3 probes: a vanished peer is noticed within 90 s; of a server's
+                          connections, `PeerLimits.vanished_within` says when
 TCP_USER_TIMEOUT 90 s     the same bound while output waits to be acknowledged, when no probes are sent
 SO_REUSEADDR     on       (listeners) a restarted server can bind while old connections linger; not on Windows
 SO_REUSEPORT     choice   (listeners) several processes may listen on one port, and the kernel shares out connections;
@@ -34,13 +35,13 @@ import stat
 import sys
 from collections.abc import MutableMapping
 from contextlib import suppress
+from math import inf
 from urllib.parse import urlsplit
 
 import attrs
 import trio
 
-KEEPALIVE_IDLE = 60  # seconds
-KEEPALIVE_INTERVAL = 10  # seconds
+VANISHED_WITHIN = 90.0  # seconds
 KEEPALIVE_PROBES = 3
 BACKLOG = 1024  # connections waiting to be accepted, per listener
 
@@ -333,18 +334,32 @@ async def connect(address: str | Address) -> trio.SocketStream:
     return stream
 
 
-def set_connection_options(sock: socket.socket | trio.socket.SocketType) -> None:
-    """Set on a TCP connection what the table at the top of this module says; on others do nothing."""
+def set_connection_options(
+    sock: socket.socket | trio.socket.SocketType, vanished_within: float = VANISHED_WITHIN
+) -> None:
+    """Set on a TCP connection what the table at the top of this module says; on others do nothing.
+
+    Args:
+        sock: The connection.
+        vanished_within: Seconds after which the other side counts as lost if nothing at all comes from it, not even
+            from its kernel: two thirds of it idle, the rest for probes, each in whole seconds and at least one;
+            ``math.inf`` for no such rule.
+    """
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if vanished_within == inf:
+        return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sys.platform == "linux":
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+        vanished_within = min(vanished_within, 32767.0)  # what the kernel takes
+        idle = max(1, round(vanished_within * 2 / 3))
+        interval = max(1, round(vanished_within / 3 / KEEPALIVE_PROBES))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-        vanished_after = KEEPALIVE_IDLE + KEEPALIVE_INTERVAL * KEEPALIVE_PROBES
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, vanished_after * 1000)
+        within = idle + interval * KEEPALIVE_PROBES
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, within * 1000)
 
 
 # `accept` fails with these for one connection only: it was gone before it was accepted.

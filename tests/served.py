@@ -89,6 +89,7 @@ class Running:
 
     server: StageServer[Any]
     connect: Callable[[], Any]
+    address: Any
 
 
 async def echo(peer: Peer[bytes], message: bytes) -> bytes:
@@ -104,6 +105,8 @@ async def serving(
     kind: str,
     handler: Any = echo,
     *,
+    address: str = "tcp://127.0.0.1:0",
+    backlog: int = 1024,
     wrap: Callable[[trio.abc.Listener[Any]], trio.abc.Listener[Any]] | None = None,
     **options: Any,
 ) -> AsyncIterator[Running]:
@@ -112,10 +115,11 @@ async def serving(
     dialled: list[trio.SocketStream] = []
     async with trio.open_nursery() as nursery:
         if kind == "tcp":
-            listeners: Any = await open_listeners("tcp://127.0.0.1:0")
-            connection = partial(connect, address_of(listeners[0].socket))
+            listeners: Any = await open_listeners(address, backlog=backlog)
+            where: Any = address_of(listeners[0].socket)
+            connection = partial(connect, where)
         else:
-            listeners = [StreamListener()]
+            listeners, where = [StreamListener()], None
             connection = listeners[0].connect
         if wrap is not None:
             listeners = [wrap(listeners[0])]
@@ -126,7 +130,7 @@ async def serving(
             return Raw(dialled[-1])
 
         try:
-            yield Running(server, dial)
+            yield Running(server, dial, where)
         finally:
             for stream in dialled:
                 await trio.aclose_forcefully(stream)

@@ -234,3 +234,29 @@ async def test_a_broadcast_misses_those_who_are_full() -> None:
         assert running.server.broadcast(b"all again", key="news") == [full]
         assert other.statistics().coalesced == 1
         assert other.statistics().outbox_bytes == len(FRAMING.encode(b"all again"))
+
+
+async def test_a_handler_that_sends_to_a_peer_that_is_gone_ends_quietly(kind: str) -> None:
+    """A stranger who leaves at the wrong moment cannot end the server, though nobody handles errors."""
+    begun, proceed = trio.Event(), trio.Event()
+
+    async def handler(peer: Peer[bytes], message: bytes) -> bytes:
+        if message == b"late":
+            begun.set()
+            await proceed.wait()
+            peer.send_nowait(b"too late")
+        return message
+
+    async with serving(kind, handler) as running:
+        client, other = await running.connect(), await running.connect()
+        await client.send(b"late")
+        await begun.wait()
+        for peer in running.server.peers:
+            if peer.statistics().backlog:
+                peer.close()
+        proceed.set()
+        await other.send(b"hello")
+        assert await other.receive() == b"hello"
+        await wait_all_tasks_blocked(0.01)
+        assert running.server.statistics().undeliverable == 1
+        assert running.server.statistics().failed == 0
