@@ -260,15 +260,16 @@ def test_a_row_says_who_won(name: str, left: str, right: str, verdict: str | Non
         ("lower", 0.94, 1.0, "worse"),
         ("higher", 0.94, 1.0, "better"),
         ("higher", 1.0, 0.94, "worse"),
-        ("lower", None, 1.0, None),
-        ("lower", 1.0, None, None),
+        ("lower", None, 1.0, "better"),
+        ("lower", 1.0, None, "worse"),
+        ("lower", None, None, None),
         ("lower", 0.0, 0.0, "even"),
     ],
 )
 def test_closer_than_five_percent_is_even(
     better: str, control: float | None, staged: float | None, verdict: str | None
 ) -> None:
-    """A difference that the noise of a machine makes is not called a win, and a missing value is not judged."""
+    """A difference that the noise of a machine makes is not called a win, and who has no value loses."""
     assert Row("x", "seconds", better, control, staged).verdict == verdict  # type: ignore[arg-type]
 
 
@@ -287,11 +288,11 @@ def test_the_summary_names_every_lost_row() -> None:
 
 
 def test_what_nobody_served_has_no_latency() -> None:
-    """A side that served nothing shows a dash, and its share shows why."""
+    """A side that served nothing shows a dash, and that is a loss."""
     nothing = figures("staged", latency=0.05, served=0)
     rows = {shown.name: shown for shown in report.rows_of(SLOW, nothing)}
     assert rows["polite: latency p50"].text(rows["polite: latency p50"].staged) == "-"
-    assert rows["polite: latency p50"].verdict is None
+    assert (rows["polite: latency p50"].verdict, rows["polite: latency p50"].mark) == ("worse", "worse")
     assert rows["polite: served"].verdict == "worse"
 
 
@@ -302,7 +303,9 @@ def test_json_holds_what_the_table_holds_and_its_counts_add_up() -> None:
     assert (polite["offered"], polite["served"], polite["refused"], polite["unanswered"]) == (100, 40, 1, 59)
     assert plain["storm"]["seed"] == 3
     assert len(plain["rows"]) == len(report.rows_of(SLOW, FAST))
-    assert report.as_plain(Storm(4), None, FAST)["control"] is None
+    alone = report.as_plain(Storm(4), None, FAST)
+    assert alone["control"] is None
+    assert {shown["verdict"] for shown in alone["rows"]} == {None}
 
 
 class _Page(HTMLParser):

@@ -27,7 +27,7 @@ class Row:
     Args:
         name: What was measured.
         unit: What the values are; shares are from 0 to 1.
-        better: Which way is better, or None where neither is.
+        better: Which way is better; None where neither is, or where there is only one side.
         control: The plain server's value; None where there is none.
         staged: The value of the server on stagetrio; None where there is none.
         of: For clients: how many there are.
@@ -42,9 +42,14 @@ class Row:
 
     @property
     def verdict(self) -> Verdict | None:
-        """How stagetrio did against plain Trio; None where one of the two is missing or neither way is better."""
-        if self.better is None or self.control is None or self.staged is None:
+        """How stagetrio did against plain Trio; None where there is nothing to compare or neither way is better.
+
+        A side that has no value, because it served none of those messages, loses to one that has.
+        """
+        if self.better is None or (self.control is None and self.staged is None):
             return None
+        if self.control is None or self.staged is None:
+            return "worse" if self.staged is None else "better"
         gain = self.staged - self.control if self.better == "higher" else self.control - self.staged
         if abs(gain) <= self._even_within:
             return "even"
@@ -61,7 +66,7 @@ class Row:
         """The verdict in words, with the size of the difference."""
         verdict = self.verdict
         if verdict is None or self.control is None or self.staged is None:
-            return ""
+            return verdict or ""
         low, high = sorted((self.control, self.staged))
         if self.unit == "share" and verdict != "even":
             return f"{verdict} by {100 * (high - low):.3g} points"
@@ -94,7 +99,10 @@ def rows_of(control: Figures | None, staged: Figures) -> list[Row]:
     rows = []
     for name, unit, better in _ROWS:
         of = next((GROUPS[group] for group in GROUPS if name.startswith(group)), 0)
-        rows.append(Row(name, unit, better, left[name] if left else None, right[name], of))
+        if left is None:
+            rows.append(Row(name, unit, None, None, right[name], of))
+        else:
+            rows.append(Row(name, unit, better, left[name], right[name], of))
     return rows
 
 
