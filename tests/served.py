@@ -107,10 +107,14 @@ async def serving(
     *,
     address: str = "tcp://127.0.0.1:0",
     backlog: int = 1024,
+    keep: bool = True,
     wrap: Callable[[trio.abc.Listener[Any]], trio.abc.Listener[Any]] | None = None,
     **options: Any,
 ) -> AsyncIterator[Running]:
-    """Run a server over TCP sockets in the hub, or over streams with tasks of their own; ``wrap`` its listener."""
+    """Run a server over TCP sockets in the hub, or over streams with tasks of their own; ``wrap`` its listener.
+
+    What was dialled is closed at the end; without ``keep`` that is its user's task.
+    """
     options = {"framing": FRAMING, **options}
     dialled: list[trio.SocketStream] = []
     async with trio.open_nursery() as nursery:
@@ -126,8 +130,10 @@ async def serving(
         server = await nursery.start(partial(serve_stage, handler, listeners, **options))
 
         async def dial() -> Raw:
-            dialled.append(await connection())
-            return Raw(dialled[-1])
+            stream = await connection()
+            if keep:
+                dialled.append(stream)
+            return Raw(stream)
 
         try:
             yield Running(server, dial, where)
