@@ -175,14 +175,15 @@ class Knee:
         """If latency fell with the limit, all that was cut off was queue: go on from here, and down."""
         used_before, latency_before = self._before
         self._since_dip = 0
-        fall = 1 - used / used_before
-        if latency < latency_before * (1 - fall / 2 - 2 * error):
+        # Most of the fall, for a dip from just above the knee to just below it shows half of it and is all right.
+        fall = 0.7 * (1 - used / used_before)
+        if latency < latency_before * (1 - fall - 2 * error):
             self._estimate = used
             self._headroom = max(1.0, used / 20)
             self.baseline = latency
             self._dips = 1
             self._since_dip = DIP_EVERY
-        elif latency < latency_before * (1 - max(fall / 2, error)):
+        elif latency < latency_before * (1 - max(fall, error)):
             self._since_dip = DIP_EVERY - 2
 
     def _follow(self, latency: float, used: float, error: float) -> None:
