@@ -47,21 +47,30 @@ class Events:
         self._monitoring.use_tool_id(tool, "stagetrio")
         self._monitoring.register_callback(tool, events.INSTRUCTION, self._raise)
         self._monitoring.register_callback(tool, events.JUMP, self._handle_jump)
-        for event in (events.PY_START, events.PY_RESUME, events.C_RETURN):
+        self._monitoring.register_callback(tool, events.PY_RESUME, self._handle_resume)
+        for event in (events.PY_START, events.C_RETURN):
             self._monitoring.register_callback(tool, event, self._handle)
 
     def _handle(self, code: CodeType, *_: object) -> None:
-        frame = sys._getframe(1)
-        if threading.get_ident() == self._thread and frame.f_globals.get("__name__") not in MACHINERY:
-            self._callback(frame)
+        self._tell(sys._getframe(1))
 
-    def _handle_jump(self, code: CodeType, *_: object) -> None:
-        frame = sys._getframe(1)
-        if threading.get_ident() == self._thread and frame.f_globals.get("__name__") not in MACHINERY:
+    def _handle_resume(self, code: CodeType, offset: int) -> None:
+        # Bits 0 and 1: after a `yield` (1), `yield from` (2), `await` (3). The latter two have somebody below them, who
+        # is still to get what is sent, or thrown, and would never be told of an exception raised here.
+        if code.co_code[offset + 1] & 3 < 2:
+            self._tell(sys._getframe(1))
+
+    def _handle_jump(self, code: CodeType, offset: int, destination: int) -> None:
+        if destination <= offset:
+            frame = sys._getframe(1)
             try:
-                self._callback(frame)
+                self._tell(frame)
             except BaseException as error:
                 self.raise_later(frame, error)
+
+    def _tell(self, frame: FrameType) -> None:
+        if threading.get_ident() == self._thread and frame.f_globals.get("__name__") not in MACHINERY:
+            self._callback(frame)
 
     def switch_on(self) -> None:
         """Call back at every event, everywhere."""
