@@ -25,7 +25,7 @@ from stagetrio.peer import Peer
 from stagetrio.remote import Procedures, serve_remote
 from stagetrio.rules import CloseReason, PeerLimits
 from stagetrio.server import ServerStatistics, StageServer, serve_stage
-from stagetrio.sockets import Address, address_of, open_listeners
+from stagetrio.sockets import Address, SocketListener, address_of, open_listeners
 from stagetrio.ticket import TicketStage
 from stagetrio.watchdog import Watchdog, open_watchdog
 
@@ -289,8 +289,9 @@ class App:
         if not addresses:
             raise ValueError("addresses must name at least one place to listen, not ()")
         listeners = await open_listeners(*addresses)
+        inner: list[SocketListener] = []
         try:
-            inner = await open_listeners(*procedures_at) if procedures_at else []
+            inner += await open_listeners(*procedures_at) if procedures_at else []
             async with self._open() as watchdog, trio.open_nursery() as nursery:
                 self._server = await nursery.start(self._serve_clients, listeners, watchdog)
                 if inner:
@@ -302,7 +303,7 @@ class App:
                 nursery.cancel_scope.cancel()
         finally:
             self._server = None
-            for listener in listeners:  # where serving did not come to begin
+            for listener in (*listeners, *inner):  # where serving did not come to begin
                 await trio.aclose_forcefully(listener)
 
     async def drain(self, grace: float) -> None:

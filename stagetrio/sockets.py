@@ -10,20 +10,21 @@ both by one socket (IPv4 addresses appear as ``::ffff:192.0.2.1``), ``tcp://:80`
 
 What is set on every TCP connection, and why:
 
-================ ======== =================================================================================
-option           value    reason
-================ ======== =================================================================================
-TCP_NODELAY      on       output is batched by the outbox already; Nagle's delay would only be added to it
-SO_KEEPALIVE     on       with 60 s idle, 10 s apart, 3 probes: a vanished peer is noticed within 90 s; of a server's
-                          connections, `PeerLimits.vanished_within` says when
-TCP_USER_TIMEOUT 90 s     the same bound while output waits to be acknowledged, when no probes are sent
-SO_REUSEADDR     on       (listeners) a restarted server can bind while old connections linger; not on Windows
-SO_REUSEPORT     choice   (listeners) several processes may listen on one port, and the kernel shares out connections;
-                          off by default, as it also lets another process of the same user take a share unnoticed
-IPV6_V6ONLY      on       (IPv6 listeners) one listener per family, as trio does; off for ``[::]``, which serves both
-SO_LINGER        unset    closing waits for nobody; the peers linger, within bounds, before they close
-backlog          1,024    connections waiting to be accepted; the kernel caps it at ``net.core.somaxconn``
-================ ======== =================================================================================
+================= ======== =================================================================================
+option            value    reason
+================= ======== =================================================================================
+TCP_NODELAY       on       output is batched by the outbox already; Nagle's delay would only be added to it
+SO_KEEPALIVE      on       with 60 s idle, 10 s apart, 3 probes: a vanished peer is noticed within 90 s; of a server's
+                           connections, `PeerLimits.vanished_within` says when
+TCP_NOTSENT_LOWAT 16 KiB   more output waits in the outbox, where it is bounded and tells a slow reader, not in the kernel
+TCP_USER_TIMEOUT  90 s     the same bound while output waits to be acknowledged, when no probes are sent
+SO_REUSEADDR      on       (listeners) a restarted server can bind while old connections linger; not on Windows
+SO_REUSEPORT      choice   (listeners) several processes may listen on one port, and the kernel shares out connections;
+                           off by default, as it also lets another process of the same user take a share unnoticed
+IPV6_V6ONLY       on       (IPv6 listeners) one listener per family, as trio does; off for ``[::]``, which serves both
+SO_LINGER         unset    closing waits for nobody; the peers linger, within bounds, before they close
+backlog           1,024    connections waiting to be accepted; the kernel caps it at ``net.core.somaxconn``
+================= ======== =================================================================================
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ import trio
 
 VANISHED_WITHIN = 90.0  # seconds
 KEEPALIVE_PROBES = 3
+UNSENT = 16384  # bytes of output in the kernel, of a TCP connection, that have not been sent yet
 BACKLOG = 1024  # connections waiting to be accepted, per listener
 
 
@@ -360,6 +362,7 @@ def set_connection_options(
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
         within = idle + interval * KEEPALIVE_PROBES
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, within * 1000)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
 
 
 # `accept` fails with these for one connection only: it was gone before it was accepted.

@@ -176,6 +176,7 @@ async def test_connections_have_the_options_of_the_table() -> None:
         assert client.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert client.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert client.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 90_000
+        assert client.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == 16_384
     one, other = socket.socketpair()
     with one, other:
         set_connection_options(one)
