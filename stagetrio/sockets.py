@@ -16,7 +16,7 @@ option            value    reason
 TCP_NODELAY       on       output is batched by the outbox already; Nagle's delay would only be added to it
 SO_KEEPALIVE      on       with 60 s idle, 10 s apart, 3 probes: a vanished peer is noticed within 90 s; of a server's
                            connections, `PeerLimits.vanished_within` says when
-TCP_NOTSENT_LOWAT 16 KiB   more output waits in the outbox, where it is bounded and tells a slow reader, not in the kernel
+TCP_NOTSENT_LOWAT 16 KiB   more output waits in the outbox, where it is bounded and a slow reader is noticed
 TCP_USER_TIMEOUT  90 s     the same bound while output waits to be acknowledged, when no probes are sent
 SO_REUSEADDR      on       (listeners) a restarted server can bind while old connections linger; not on Windows
 SO_REUSEPORT      choice   (listeners) several processes may listen on one port, and the kernel shares out connections;
