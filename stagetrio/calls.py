@@ -133,3 +133,72 @@ class Call:
 
 def _nothing() -> None:
     pass
+
+
+class OpenCalls:
+    """The calls of one pool that somebody waits for, from their acceptance to the caller's leaving.
+
+    Args:
+        what: what is closed at the end, for messages: "this pool of threads".
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._calls: dict[Call, None] = {}
+        self._emptied = Wakeup()
+        self.draining = False  # no new ones
+        self.closed = False  # no more at all
+
+    def __bool__(self) -> bool:
+        return bool(self._calls)
+
+    def check_open(self) -> None:
+        """Raise `trio.ClosedResourceError` where no new ones are taken."""
+        if self.draining:
+            raise trio.ClosedResourceError(f"{self._what} is closed")
+
+    def add(self, call: Call) -> None:
+        """Somebody waits for this call."""
+        self._calls[call] = None
+
+    def forget(self, call: Call) -> None:
+        """Nobody does any more."""
+        self._calls.pop(call, None)
+        if self.draining and not self._calls:
+            self._emptied.wake()
+
+    async def sleep(self, call: Call, seconds: float) -> None:
+        """Wait until a call that asked for it shall be made again.
+
+        Raises:
+            trio.ClosedResourceError: The pool takes nothing more.
+
+        Checkpoints: Always.
+        """
+        if not self.draining:
+            call.asleep = True
+            with trio.move_on_after(seconds):
+                await call.wakeup.wait()
+            call.asleep = False
+        self.check_open()
+
+    async def drain(self) -> None:
+        """Take no new ones, and wait until nobody waits for any; those asleep are not made again.
+
+        Checkpoints: If there are any.
+        """
+        self.draining = True
+        self._wake_sleepers()
+        while self._calls:
+            await self._emptied.wait()
+
+    def close(self) -> list[Call]:
+        """Take nothing at all, and return those that are still without an answer."""
+        self.draining = self.closed = True
+        self._wake_sleepers()
+        return [call for call in self._calls if not call.answered and not call.asleep]
+
+    def _wake_sleepers(self) -> None:
+        for call in self._calls:
+            if call.asleep:
+                call.wakeup.wake()

@@ -5,6 +5,10 @@ among the pool's threads any more, and another takes its place. It ends when its
 than ``max_lost`` threads beyond ``max_threads``: from then on an unable one is not replaced, and the crew is smaller
 until one of them ends.
 
+Where only so many threads may run at once (``max_running``), no more than these are woken, and one more for each whose
+job waits: a thread that could not run would only take a job out of its fair order, and its start would hold up the loop
+(which waits for a new thread to get hold of the GIL, behind one that computes).
+
 Each thread is hosted by a task in ``to_thread.run_sync``, since that is what makes Trio's ``from_thread`` functions
 work in its jobs. The host is cancelled to tell the thread's job to stop; that marks the thread, for good, as
 cancelled, so it ends with this job, and the next one gets a fresh thread (from Trio's cache: cheap).
@@ -46,13 +50,22 @@ class Crew:
     Args:
         max_threads: Able threads, ≥ 1.
         max_lost: Unable threads that are replaced, ≥ 0.
+        max_running: Able threads that are awake at once and do not wait, ≥ 1.
         mailbox: What the threads take from and report to.
         on_cancelled: called when the nursery is cancelled from outside, so that nobody is there to host threads.
     """
 
     nursery: trio.Nursery  # for the hosts; set by the owner before anything is started
 
-    def __init__(self, max_threads: int, max_lost: float, mailbox: Mailbox, on_cancelled: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        max_threads: int,
+        max_lost: float,
+        max_running: float,
+        mailbox: Mailbox,
+        on_cancelled: Callable[[], object],
+    ) -> None:
+        self._max_running = max_running
         self._on_cancelled = on_cancelled
         self._max_threads = max_threads
         self._max_lost = max_lost
@@ -60,20 +73,28 @@ class Crew:
         self._threads: dict[Thread, None] = {}  # in the order in which they were started
         self._idle: list[Thread] = []  # the last to have worked is the first to work again
         self._seen: dict[Thread, tuple[int, float]] = {}  # at the last look: who was at its how-manieth job, since when
+        self._waiting: set[Thread] = set()  # whose job waits, so that another thread may run
         self._able = self._unable = self._started = self._abandoned = 0
-        self.limit: float = max_threads  # able threads there may be
+        self._limit: float = max_threads  # able threads there may be
 
     @property
-    def spare(self) -> int:
-        """Threads that are idle or can still be started."""
-        return len(self._idle) + max(0, int(self.limit) - self._able)
+    def limit(self) -> float:
+        """Threads that may be at work at once."""
+        return min(self._limit, self._max_running + len(self._waiting))
+
+    @property
+    def spare(self) -> float:
+        """How many more could be."""
+        return self.limit - (self._able - len(self._idle))
 
     def rouse(self, threads: int) -> None:
         """Have up to so many more threads look for jobs: idle ones, or new ones."""
         for _ in range(threads):
+            if self.spare <= 0:
+                return
             if self._idle:
                 self._idle.pop().wake()
-            elif self._able < self.limit:
+            elif self._able < self._limit:
                 self._able += 1
                 self._started += 1
                 thread = Thread(self._mailbox)
@@ -96,9 +117,19 @@ class Crew:
         """Note that a thread found nothing to do."""
         self._idle.append(thread)
 
+    def pause(self, thread: Thread) -> None:
+        """Note that a thread's job waits, or gives way."""
+        if thread.able:
+            self._waiting.add(thread)
+
+    def resume(self, thread: Thread) -> None:
+        """Note that it goes on."""
+        self._waiting.discard(thread)
+
     def remove(self, thread: Thread) -> None:
         """Note that a retired thread has ended."""
         del self._threads[thread]
+        self._waiting.discard(thread)
         if thread.able:
             self._able -= 1
         else:
@@ -109,7 +140,8 @@ class Crew:
         """Count a thread among the lost; False: it is one already, or has ended."""
         if not thread.able or thread not in self._threads:
             return False
-        thread.able = False
+        thread.give_up()
+        self._waiting.discard(thread)
         self._able -= 1
         self._unable += 1
         self._abandoned += 1
@@ -117,7 +149,7 @@ class Crew:
         return True
 
     def _relimit(self) -> None:
-        self.limit = min(self._max_threads, self._max_threads + self._max_lost - self._unable)
+        self._limit = min(self._max_threads, self._max_threads + self._max_lost - self._unable)
 
     def busy(self, now: float) -> Iterator[tuple[Thread, ThreadJob, float]]:
         """The able threads that run a job, the job, and for how many seconds they have been seen to.

@@ -22,7 +22,7 @@ import attrs
 import trio
 
 from stagetrio.backlog import Backlog
-from stagetrio.calls import Wakeup
+from stagetrio.calls import OpenCalls, Wakeup
 from stagetrio.fair_queue import FairQueue, FairQueueStatistics
 from stagetrio.jobs import Again, JobInterrupted
 from stagetrio.remote_wire import WorkerLost
@@ -67,9 +67,10 @@ class Dispatch:
     """Gives jobs to the threads of one pool.
 
     Args:
-        crew_size: threads, and unable ones that are replaced.
+        max_threads: able threads.
+        max_lost: unable threads that are replaced.
+        max_running: threads that run at once.
         queue: where jobs wait.
-        slots: bounds the threads that run at once; None: nothing does.
         lease: seconds a job may keep a thread.
         grace: seconds a job that is told to stop is given.
     """
@@ -78,21 +79,20 @@ class Dispatch:
         self,
         max_threads: int,
         max_lost: float,
+        max_running: float,
         queue: FairQueue[Hashable, ThreadJob],
-        slots: RunSlots | None,
         lease: float,
         grace: float,
     ) -> None:
         self._lease = lease
         self._grace = grace
         self._backlog: Backlog[ThreadJob] = Backlog(queue)
+        slots = RunSlots(int(max_running)) if max_running < max_threads else None
         self._mailbox = Mailbox(self._read_news, slots)
-        self.crew = Crew(max_threads, max_lost, self._mailbox, self.close)
-        self._jobs: dict[ThreadJob, None] = {}  # somebody waits for them
+        self.crew = Crew(max_threads, max_lost, max_running, self._mailbox, self.close)
+        self.calls = OpenCalls("this pool of threads")
         self._in_hand = 0
         self._typical = AHEAD  # seconds, a running mean of what jobs take
-        self._draining = self._closed = False
-        self._emptied = Wakeup()  # wakes drain()
         self._busy = Wakeup()  # wakes watch_leases()
         self._ended = self._failed = self._cancelled = self._stopped = self._expired = 0
 
@@ -121,20 +121,19 @@ class Dispatch:
             Overloaded: Too many wait.
             trio.ClosedResourceError: The pool takes nothing more.
         """
-        if self._draining:
-            raise trio.ClosedResourceError("this pool of threads is closed")
+        self.calls.check_open()
         if job.key is None and not self._backlog.queued and self._in_hand < self._room:
             self._hand(job)
         else:
             self._backlog.add(job)
             self._pump()
-        self._jobs[job] = None
+        self.calls.add(job)
         if self._lease < math.inf:
             self._busy.wake()
 
     async def submit_again(self, job: ThreadJob) -> None:
         """Let a job that has ended, and is not forgotten, run again, when its turn comes."""
-        if self._closed:
+        if self.calls.closed:
             raise trio.ClosedResourceError("this pool of threads is closed")
         job.again()
         await self._backlog.add_again(job)
@@ -143,24 +142,12 @@ class Dispatch:
     async def sleep(self, job: ThreadJob, seconds: float) -> None:
         """Wait until a job that asked for it shall run again; its key stays in hand."""
         try:
-            if not self._draining:
-                job.asleep = True
-                with trio.move_on_after(seconds):
-                    await job.wakeup.wait()
-                job.asleep = False
-            if self._draining:
-                raise trio.ClosedResourceError("the pool was closed before the job ran again")
+            await self.calls.sleep(job, seconds)
             await self.submit_again(job)
         except BaseException:
             self._backlog.release_key(job)
             self._pump()
             raise
-
-    def forget(self, job: ThreadJob) -> None:
-        """Nobody waits for this job any more."""
-        self._jobs.pop(job, None)
-        if self._draining and not self._jobs:
-            self._emptied.wake()
 
     # Jobs on their way.
 
@@ -199,6 +186,10 @@ class Dispatch:
                 self.crew.rest(thread)
             elif then is Next.END:
                 self.crew.remove(thread)
+            elif then is Next.PAUSE:
+                self.crew.pause(thread)
+            elif then is Next.RESUME:
+                self.crew.resume(thread)
         self._pump()
         if self._mailbox.ready:
             self.crew.rouse(len(self._mailbox.ready))
@@ -261,7 +252,7 @@ class Dispatch:
     async def watch_leases(self) -> None:
         """Look at every thread four times per lease, while there is any job."""
         while True:
-            if not self._jobs:
+            if not self.calls:
                 await self._busy.wait()
             await trio.sleep(self._lease / 4)
             for thread, job, seconds in self.crew.busy(trio.current_time()):
@@ -279,26 +270,14 @@ class Dispatch:
 
     # The end.
 
-    async def drain(self) -> None:
-        """Take nothing more, and wait until nobody waits for anything; jobs that wait to run again will not."""
-        self._draining = True
-        for job in self._jobs:
-            if job.asleep:
-                job.wakeup.wake()
-        while self._jobs:
-            await self._emptied.wait()
-
     def close(self) -> None:
         """Take nothing more, let the threads end, and tell everyone who still waits."""
-        self._draining = self._closed = True
-        for job in self._jobs:
-            if job.asleep:
-                job.wakeup.wake()
-            elif not job.answered:
-                job.lost = (
-                    trio.ClosedResourceError("the pool was closed before the job's turn had come")
-                    if self._drop(job)
-                    else WorkerLost("the pool was closed while the job ran", may_have_run=True)
-                )
-                job.answer()
+        for call in self.calls.close():
+            assert isinstance(call, ThreadJob)
+            call.lost = (
+                trio.ClosedResourceError("the pool was closed before the job's turn had come")
+                if self._drop(call)
+                else WorkerLost("the pool was closed while the job ran", may_have_run=True)
+            )
+            call.answer()
         self.crew.dismiss()

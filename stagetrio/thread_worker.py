@@ -109,6 +109,8 @@ class Next(enum.Enum):
     JOB = enum.auto()  # it goes on
     SLEEP = enum.auto()  # there was nothing to do
     END = enum.auto()  # it was retired
+    PAUSE = enum.auto()  # its job waits, or gives way: another thread may run
+    RESUME = enum.auto()  # its job goes on after that
 
 
 class Mailbox:
@@ -157,6 +159,7 @@ class Thread:
         self._awake = threading.Lock()  # unlocked: there may be something to do
         self._ident = 0
         self._in_slot = False
+        self._away = False  # has told the loop that another thread may run
         self._masked = False  # JobInterrupted must not be raised now,
         self._owed = False  # and is to be raised when it may
 
@@ -180,6 +183,11 @@ class Thread:
                 if job.interrupt:
                     self._interrupt()
             return True
+
+    def give_up(self) -> None:
+        """Count it as unable: it goes on beside the others, without a slot, and ends after its job."""
+        self.able = False
+        self._leave_slot()
 
     def _interrupt(self) -> None:
         if self._masked:
@@ -205,9 +213,7 @@ class Thread:
     def _work(self) -> bool:
         """Run jobs until there are none; whether the thread is retired."""
         mailbox, slots = self._mailbox, self._slots
-        if slots is not None:
-            slots.enter()
-            self._in_slot = True
+        self._enter_slot()
         job = self._take()
         if job is None:
             mailbox.tell(self, None, 0, Next.SLEEP)
@@ -216,17 +222,19 @@ class Thread:
             self._perform(job)
             seconds = perf_counter() - started
             finished, job = job, None
-            if slots is not None and self._in_slot:
-                slots.give_way()
+            if slots is not None:
+                if self._in_slot:
+                    slots.give_way()
+                else:
+                    self._enter_slot()
+                self._come_back()
             if self.retired:
                 mailbox.tell(self, finished, seconds, Next.END)
             else:
                 job = self._take()
                 mailbox.tell(self, finished, seconds, Next.SLEEP if job is None else Next.JOB)
             del finished  # the loop's now, and not to be kept alive by an idle thread
-        if slots is not None and self._in_slot:
-            self._in_slot = False
-            slots.leave()
+        self._leave_slot()
         return self.retired
 
     def _take(self) -> ThreadJob | None:
@@ -288,9 +296,9 @@ class Thread:
 
     def _send_progress(self, job: ThreadJob, room: threading.Semaphore, value: object) -> None:
         if not room.acquire(blocking=False):
-            self._leave_slot()
+            self._pause()
             room.acquire()
-            self._enter_slot()
+            self._resume()
         progress = job.progress
         if progress is None:  # who listened has left
             room.release()
@@ -303,30 +311,63 @@ class Thread:
         trio.from_thread.check_cancelled()
 
     def give_way(self) -> None:
-        if self._slots is not None:
-            self._mask()
+        if self._slots is None:
+            return
+        self._mask()
+        if self._slots.waiting:
             self._slots.give_way()
-            self._unmask()
+            self._come_back()
+        elif self._mailbox.ready:
+            self._go_away()  # in name only: a thread that is woken for it will wait in line at the next call
+        self._unmask()
 
     def pause(self) -> None:
-        self._mask()
-        self._leave_slot()
-        self._unmask()
+        if self._slots is not None:
+            self._mask()
+            self._pause()
+            self._unmask()
 
     def resume(self) -> None:
-        self._mask()
-        self._enter_slot()
-        self._unmask()
-
-    def _leave_slot(self) -> None:
         if self._slots is not None:
-            self._in_slot = False
-            self._slots.leave()
+            self._mask()
+            self._resume()
+            self._unmask()
+
+    def _pause(self) -> None:
+        if self._slots is not None:
+            self._leave_slot()
+            self._go_away()
+
+    def _resume(self) -> None:
+        if self._slots is not None:
+            self._come_back()
+            self._enter_slot()
+
+    def _go_away(self) -> None:
+        if not self._away:
+            self._away = True
+            self._mailbox.tell(self, None, 0, Next.PAUSE)
+
+    def _come_back(self) -> None:
+        if self._away:
+            self._away = False
+            self._mailbox.tell(self, None, 0, Next.RESUME)
 
     def _enter_slot(self) -> None:
-        if self._slots is not None:
-            self._slots.enter()
-            self._in_slot = True
+        if self._slots is None or not self.able:
+            return
+        self._slots.enter()
+        with self.lock:
+            self._in_slot = self.able
+            given_up = not self.able
+        if given_up:  # meanwhile
+            self._slots.leave()
+
+    def _leave_slot(self) -> None:
+        with self.lock:
+            had_one, self._in_slot = self._in_slot, False
+        if had_one and self._slots is not None:
+            self._slots.leave()
 
 
 def _below(error: BaseException) -> Any:

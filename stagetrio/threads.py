@@ -28,7 +28,6 @@ from stagetrio.calls import Wakeup
 from stagetrio.fair_queue import FairQueue
 from stagetrio.jobs import Again
 from stagetrio.progress import Progress
-from stagetrio.run_slots import RunSlots
 from stagetrio.thread_dispatch import Dispatch, ThreadPoolStatistics
 from stagetrio.thread_worker import Batch, ThreadJob
 
@@ -94,7 +93,7 @@ class ThreadPool:
             await dispatch.stop((job,))
             raise
         finally:
-            dispatch.forget(job)
+            dispatch.calls.forget(job)
 
     @trio.lowlevel.enable_ki_protection
     async def call_batch(
@@ -127,7 +126,7 @@ class ThreadPool:
         wakeup = Wakeup()
         jobs: list[ThreadJob] = []
         try:
-            while len(jobs) < min(len(batch.todo), self._max_threads) and (not jobs or dispatch.crew.spare):
+            while len(jobs) < min(len(batch.todo), self._max_threads) and (not jobs or dispatch.crew.spare > 0):
                 job = ThreadJob(batch.work, (), flow, None, cost, interrupt)
                 job.wakeup = wakeup
                 dispatch.submit(job)
@@ -147,7 +146,7 @@ class ThreadPool:
             raise
         finally:
             for job in jobs:
-                dispatch.forget(job)
+                dispatch.calls.forget(job)
         return batch.results
 
     def run(
@@ -174,7 +173,7 @@ class ThreadPool:
                 job.leave()
                 await dispatch.stop((job,))
             finally:
-                dispatch.forget(job)
+                dispatch.calls.forget(job)
 
         return Progress(job, lambda: dispatch.submit(job), leave)
 
@@ -228,14 +227,13 @@ async def open_thread_pool(
     queue: FairQueue[Hashable, ThreadJob] = FairQueue(
         max_waiting, max_items_per_flow=max_waiting_per_flow, weight=weight
     )
-    slots = RunSlots(int(max_running)) if max_running < max_threads else None
-    dispatch = Dispatch(max_threads, max_lost, queue, slots, lease, grace)
+    dispatch = Dispatch(max_threads, max_lost, max_running, queue, lease, grace)
     async with trio.open_nursery() as dispatch.crew.nursery:
         if lease < math.inf:
             dispatch.crew.nursery.start_soon(dispatch.watch_leases)
         try:
             yield ThreadPool(dispatch, max_threads)
-            await dispatch.drain()
+            await dispatch.calls.drain()
         finally:
             dispatch.close()
             dispatch.crew.nursery.cancel_scope.cancel("the pool of threads is closed")

@@ -132,7 +132,8 @@ async def test_producers_take_turns() -> None:
         ran = await order_of_service(pool, hog + polite)
         assert len(ran) == 43
         assert [name for name in ran if name.startswith("polite")] == ["polite 0", "polite 1", "polite 2"]
-        assert ran.index("polite 2") < 10
+        assert ran.index("polite 0") <= 3
+        assert ran.index("polite 2") < 40  # where it would stand if first come were first served
 
 
 async def test_a_flow_without_rivals_is_served_in_order() -> None:
@@ -486,6 +487,22 @@ async def test_at_most_max_running_jobs_run_at_once(held: bool) -> None:
         for _ in range(6):
             nursery.start_soon(pool.call, job)
     assert most <= 2
+
+
+async def test_jobs_that_could_not_run_stay_in_their_fair_order() -> None:
+    """Where one runs at a time, a newcomer does not stand behind as many jobs as there are threads."""
+    door, ran = Door(), list[str]()
+    async with open_thread_pool(16, max_running=1) as pool, trio.open_nursery() as nursery:
+        nursery.start_soon(pool.call, door.wait)
+        await reached(door.come)
+        for n in range(16):
+            nursery.start_soon(partial(pool.call, ran.append, f"hog {n}", flow="hog"))
+            await wait_all_tasks_blocked()
+        nursery.start_soon(partial(pool.call, ran.append, "polite", flow="polite"))
+        await wait_all_tasks_blocked()
+        assert pool.statistics().crew.threads == 1
+        door.open.set()
+    assert ran.index("polite") <= 3
 
 
 async def test_a_job_that_gives_way_lets_another_begin() -> None:

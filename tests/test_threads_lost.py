@@ -115,6 +115,31 @@ async def test_a_deaf_job_is_abandoned_and_its_thread_replaced(mock_clock: MockC
         assert await pool.call(len, "abc") == 3
 
 
+async def test_a_lost_thread_keeps_no_run_slot(mock_clock: MockClock) -> None:
+    """Where one thread runs at a time, one that never ends does not keep all others from running."""
+    computing, waiting = Deaf(), Deaf()
+
+    def waits() -> str:
+        with blocking():
+            return waiting.job()
+
+    async with open_thread_pool(2, max_running=1, grace=0.5) as pool:
+        await abandon(pool, mock_clock, computing)
+        assert await pool.call(len, "abc") == 3
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool.call, waits)
+            await reached(waiting.come)
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                await wait_all_tasks_blocked()
+                mock_clock.jump(1)
+        assert await pool.call(len, "abcd") == 4
+        computing.go.set()
+        waiting.go.set()
+        await until_ended(pool, 4)
+        assert await pool.call(len, "abcde") == 5
+
+
 async def test_the_caller_waits_for_the_grace(mock_clock: MockClock) -> None:
     """Until then a job may still stop, and its caller knows that it has."""
     deaf = Deaf()
