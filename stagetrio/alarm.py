@@ -47,7 +47,9 @@ from stagetrio.events import Events, free_tool
 SIGALRM: int = getattr(signal, "SIGALRM", 0)
 SIGURG: int = getattr(signal, "SIGURG", 0)  # ignored by default: one that comes late does no harm
 LOOKS_PER_QUANTUM = 4
-RETRY_SECONDS = 1e-4  # after which a switch that was put off is tried again; then twice that, up to a quantum
+RETRY_SECONDS = (
+    1e-4  # after which a switch that was put off is tried again; then twice that, up to a quarter of a quantum
+)
 
 
 class Interruptible(Protocol):
@@ -55,7 +57,7 @@ class Interruptible(Protocol):
 
     stack: Any
     put_off: int  # attempts to stop it in this slice
-    in_c_code: bool  # whether the last one failed only because C code may be under way in the interrupted frame
+    next_chance: FrameType | None  # the frame in which, after one that failed, the next may succeed
 
     def end_of_slice(self) -> float:
         """When it is to be interrupted."""
@@ -125,9 +127,9 @@ class Interruptions(Generic[L]):
             return
         self.put_off += 1
         lane.put_off += 1
-        if lane.in_c_code:
-            self.alarm.ring_after_call(frame)
-        self.alarm.arm(now + min(RETRY_SECONDS * 2.0 ** min(lane.put_off, 32), self.quantum), now)
+        if lane.next_chance is not None:
+            self.alarm.ring_in(lane.next_chance)
+        self.alarm.arm(now + min(RETRY_SECONDS * 2.0 ** min(lane.put_off, 32), self.quantum / 4), now)
 
 
 class Alarm:
@@ -162,8 +164,8 @@ class Alarm:
         """Whether ``error`` will be raised in ``frame`` a moment later, because here it would be misplaced."""
         return False
 
-    def ring_after_call(self, frame: FrameType) -> None:
-        """Ring, if that can be had, as soon as ``frame`` has no C code under way."""
+    def ring_in(self, frame: FrameType) -> None:
+        """Ring, if that can be had, as soon as ``frame`` goes on and has no C code under way."""
 
 
 class _SignalAlarm(Alarm):
@@ -187,14 +189,17 @@ class _SignalAlarm(Alarm):
         self._events.raise_later(frame, error)
         return True
 
-    def ring_after_call(self, frame: FrameType) -> None:
+    def ring_in(self, frame: FrameType) -> None:
         if self._events is not None:
             self._events.switch_on_in(frame)
 
     def _handle_event(self, frame: FrameType) -> None:
         assert self._events is not None
-        self._events.switch_off_in(frame)
-        self._loop.ring(frame, at_a_seam=True)
+        if self._events.only_in is frame:
+            self._events.switch_off()
+            self._loop.ring(frame, at_a_seam=True)
+        elif not self._loop.overdue():
+            self._events.switch_off()
 
     def enter(self, function: Callable[[], None]) -> None:
         sys.call_tracing(function, ())

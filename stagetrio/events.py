@@ -38,6 +38,7 @@ class Events:
         self._callback = callback
         self._thread = threading.get_ident()
         self._pending: tuple[FrameType, BaseException] | None = None
+        self.only_in: FrameType | None = None
         tool = free_tool()
         if tool is None:
             raise RuntimeError("no tool id of sys.monitoring is free")
@@ -76,17 +77,19 @@ class Events:
         """Call back at every event, everywhere."""
         self._monitoring.set_events(self._tool, self._set)
 
-    def switch_off(self) -> None:
-        """Do not call back everywhere."""
-        self._monitoring.set_events(self._tool, 0)
-
     def switch_on_in(self, frame: FrameType) -> None:
-        """Call back at every event in a frame's code."""
+        """Call back at every event in the code of a frame, which ``only_in`` is from then on."""
+        self.switch_off()
+        self.only_in = frame
         self._monitoring.set_local_events(self._tool, frame.f_code, self._set)
 
-    def switch_off_in(self, frame: FrameType) -> None:
-        """Do not call back in a frame's code."""
-        self._monitoring.set_local_events(self._tool, frame.f_code, 0)
+    def switch_off(self) -> None:
+        """Do not call back."""
+        if self.only_in is None:
+            self._monitoring.set_events(self._tool, 0)
+        else:
+            self._monitoring.set_local_events(self._tool, self.only_in.f_code, 0)
+            self.only_in = None
 
     def raise_later(self, frame: FrameType, error: BaseException) -> None:
         """Raise an exception in a frame, at its next instruction."""

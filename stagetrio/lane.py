@@ -50,7 +50,7 @@ from stagetrio.alarm import Alarm, Interruptions
 from stagetrio.passes import Passes
 from stagetrio.preempt import FINISHED, FORCED, Stack, Thrown
 from stagetrio.stall import LateHandlers
-from stagetrio.stopping import denied_by, frames_up_to, in_cleanup, is_at_a_seam, own_code
+from stagetrio.stopping import frames_up_to, in_cleanup, is_at_a_seam, judge, own_code
 from stagetrio.turns import Turns
 
 T = TypeVar("T")
@@ -136,8 +136,8 @@ class Lane:
         self._cleaning = False  # whether it was stopped in cleanup
         self._withheld = 0.0  # seconds for which cleanup has held the loop although cancelled
         self.put_off = 0  # attempts to stop it in this slice
-        self.in_c_code = False  # whether the last of them failed only because C code may have been under way
-        self._denied = ""  # or else where it was made
+        self._denied = ""  # where the last of them was made
+        self.next_chance: FrameType | None = None  # the frame in which the next may succeed
         self.exceeded = False
         self.scope: trio.CancelScope | None = None
         self.on_preempt: Callable[[], object] | None = None
@@ -259,7 +259,7 @@ class Lane:
 
     def may_stop(self, frame: FrameType, *, at_a_seam: bool) -> bool:
         """Whether the handler in hand may be stopped in ``frame``; remembers whether it is in cleanup there."""
-        self.in_c_code = False
+        self.next_chance = None
         if greenlet.getcurrent() is not self.stack:
             return False
         if self.stack.masked:
@@ -267,10 +267,12 @@ class Lane:
             self.stack.on_unmasked = self._unmasked
             return False
         frames = frames_up_to(frame, own_code(self.handler, self.coroutine))
-        self._denied = denied_by(frames, self._loop.preemptible)
-        self.in_c_code = not self._denied and not at_a_seam and not is_at_a_seam(frame)
+        denied, self.next_chance = judge(frames, self._loop.preemptible)
+        if denied or not (at_a_seam or is_at_a_seam(frame)):
+            self._denied = denied or f"C code called by {frame.f_code.co_qualname}"
+            return False
         self._cleaning = in_cleanup(frames)
-        return not self._denied and not self.in_c_code
+        return True
 
     def _unmasked(self, frame: FrameType) -> None:
         if self._loop.active is self:

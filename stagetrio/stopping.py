@@ -47,7 +47,6 @@ import linecache
 import re
 import types
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from types import CodeType, FrameType, ModuleType
 from typing import Any
 
@@ -135,26 +134,31 @@ def frames_up_to(frame: FrameType | None, code: CodeType | None) -> list[FrameTy
     return frames[:end]
 
 
-def denied_by(frames: list[FrameType], preemptible: tuple[str, ...]) -> str:
-    """Return the name of what a handler must not be stopped in; empty where it may be stopped at a seam.
+def judge(frames: list[FrameType], preemptible: tuple[str, ...]) -> tuple[str, FrameType | None]:
+    """Judge whether a handler may be stopped.
 
     Args:
         frames: From the interrupted one to the handler's own.
         preemptible: Names of modules and packages that are allowed besides the handler's own.
+
+    Returns:
+        The name of what it must not be stopped in, empty where it may be stopped at a seam; and the frame in which it
+        may be stopped next, the interrupted one if there is nothing against it, None if there is none.
     """
     if not frames:
-        return "code that is not the handler's"
+        return "code that is not the handler's", None
     module = frames[-1].f_globals
-    for frame in frames:
+    caller: FrameType | None = None
+    for frame in reversed(frames):
         name = frame.f_globals.get("__name__", "")
         if frame.f_code.co_name in DENIED_NAMES or not (
             frame.f_globals is module or any(name == one or name.startswith(one + ".") for one in preemptible)
         ):
-            return f"{name}.{frame.f_code.co_qualname}"
-    for callee, caller in pairwise(frames):
-        if not _calls_directly(caller, callee.f_code):
-            return f"C code between {caller.f_code.co_qualname} and {callee.f_code.co_qualname}"
-    return ""
+            return f"{name}.{frame.f_code.co_qualname}", caller
+        if caller is not None and not _calls_directly(caller, frame.f_code):
+            return f"C code between {caller.f_code.co_qualname} and {frame.f_code.co_qualname}", caller
+        caller = frame
+    return "", caller
 
 
 # C code.

@@ -220,8 +220,8 @@ async def test_scopes_inside_a_handler_are_obeyed_one_by_one(watchdog: Watchdog)
                 be_stopped()
         ended.append("inner")
         with trio.CancelScope() as outer:
-            outer.cancel()
             with trio.CancelScope(shield=True):
+                outer.cancel()
                 be_stopped(3)
                 ended.append("shielded")
             be_stopped(3)
