@@ -32,6 +32,8 @@ from stagetrio.rules import CloseReason
 from stagetrio.watchdog import BudgetExceeded
 
 M = TypeVar("M")
+
+MAX_WORDS = 200  # characters of a reason or an error that are told to a peer
 Handler = Callable[[Peer[M], M], Coroutine[Any, Any, M | None]]
 Item = tuple[Peer[Any], bytes]  # a peer and the payload of one of its frames
 
@@ -115,7 +117,7 @@ class Exchange(Generic[M]):
             if self._codec is None:
                 peer.end(CloseReason.FAILED, words)
             else:
-                self._answer(peer, payload, Failed(words))
+                self._answer(peer, payload, Failed(words[:MAX_WORDS]))
         peer.done()
 
     def refuse(self, peer: Peer[M], payload: bytes, overloaded: Overloaded) -> None:
@@ -136,7 +138,12 @@ class Exchange(Generic[M]):
         except ProtocolError as error:
             peer.end(CloseReason.PROTOCOL, error.reason)
         else:
-            self._put(peer, self._encode(codec.encode(answer, id)))
+            try:
+                frame = self._encode(codec.encode(answer, id))
+            except ValueError:  # this framing has no room for it
+                peer.end(CloseReason.FAILED, "the answer does not fit into a frame")
+            else:
+                self._put(peer, frame)
 
     def _put(self, peer: Peer[M], frame: bytes) -> None:
         if peer.closed:
@@ -152,4 +159,9 @@ class Exchange(Generic[M]):
 
     def farewell(self, words: str, retry_after: float) -> bytes | None:
         """Return the frame that says why a connection ends, if this wire has one."""
-        return None if self._codec is None else self._encode(self._codec.encode(Closed(words, retry_after)))
+        if self._codec is None:
+            return None
+        try:
+            return self._encode(self._codec.encode(Closed(words[:MAX_WORDS], retry_after)))
+        except ValueError:  # this framing has no room for it
+            return None

@@ -273,7 +273,7 @@ class Peer(Generic[M]):
             self._host.check_at(self, now + limits.idle_within, self._check_idle)
         self._started = True
         self._transport.start(self._on_data, self._on_end, self._on_writable)
-        if self._paused:
+        if self._paused and not self._state:  # one that is closing reads on, to hear of the other side's end
             self._transport.pause()
         self._on_writable()
 
@@ -454,7 +454,7 @@ class Peer(Generic[M]):
                 break
             queued, refused = self._host.admit(self, frames if len(frames) <= room else frames[:room])
             self._backlog += queued
-            if queued == len(frames):
+            if queued == len(frames) or self._state:
                 return
             frames = frames[queued + refused :]
             if not (frames and refused):
@@ -518,9 +518,11 @@ class Peer(Generic[M]):
         return inf
 
     def _check_silence(self, now: float) -> float:
+        within = self._host.limits.first_frame_within
+        if self._paused and not self._state:
+            return now + within  # it is we who are not reading
         # A frame that has begun is the affair of the next rule.
-        if not (self._state or self._frames_received or self._paused or self._decoder.buffered):
-            within = self._host.limits.first_frame_within
+        if not (self._state or self._frames_received or self._decoder.buffered):
             self.end(CloseReason.SILENT, f"no message came within {within:g} s")
         return inf
 

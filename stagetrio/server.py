@@ -212,6 +212,8 @@ class StageServer(Generic[M]):
         Args:
             grace: Seconds within which that is done; what is left then is closed and cancelled. ≥ 0.
 
+        A handler must not await this, as it would wait for itself: let a task of the owner's drain.
+
         Checkpoints: always. A cancellation leaves the server draining.
         """
         if not grace >= 0:
@@ -365,6 +367,8 @@ class StageServer(Generic[M]):
                 peer.channel.send_nowait((peer, frame))
             except Overloaded as overloaded:
                 self._exchange.refuse(peer, frame, overloaded)
+                if peer.closed:  # it was no message, or the owner has had enough of it
+                    break
             else:
                 return queued + 1, refused
         return queued, len(frames) - queued

@@ -388,7 +388,8 @@ class Stage(Generic[T]):
                 self._begin(worker, worker.lane, run, item)
             worker.item = item
             await self._finish(worker, run, self._start(run, item), None, 0.0)
-            await trio.lowlevel.checkpoint()
+            if not worker.scope.cancel_called:  # else it would be taken for the end of a handler that has ended
+                await trio.lowlevel.checkpoint()
         del self._in_hand[worker.key]
         for flow in worker.held:
             self._queue.resume(flow)

@@ -11,6 +11,7 @@ from served import CODEC, FRAMING, Say, closed_by, serving, shout
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from stagetrio.codec import Closed, Failed, Refused
+from stagetrio.framing import LengthPrefixed
 from stagetrio.limiter import Overloaded
 from stagetrio.peer import Peer
 from stagetrio.rules import CloseReason
@@ -281,3 +282,64 @@ async def test_a_handler_that_never_gives_up_the_loop_is_cancelled_past_its_budg
         assert [type(error) for error in errors] == [BudgetExceeded]
         assert "handler" in str(errors[0])
         assert running.server.statistics().stage.overdue == 1
+
+
+@pytest.mark.parametrize("tail", [b"garbage", b"\x93\xa3Say\x01\x80"])
+async def test_garbage_among_refused_messages_ends_its_connection_only(kind: str, tail: bytes) -> None:
+    """A payload that is refused and turns out to be no message is the peer's mistake, and nobody else's trouble."""
+    proceed = trio.Event()
+
+    async def handler(peer: Peer[Any], message: Any) -> Any:
+        await proceed.wait()
+        return message
+
+    options = {"codec": CODEC, "max_items": 1, "workers": 1, "refuse": True}
+    async with serving(kind, handler, **options) as running:
+        client, other = await running.connect(), await running.connect()
+        good = CODEC.encode(Say("x"), 1)
+        await client.send(*[good] * 70, tail, *[good] * 80)
+        await closed_by_reason(running, CloseReason.PROTOCOL)
+        proceed.set()
+        await other.send(good)
+        assert await other.message() == Say("x")
+
+
+async def test_whoever_is_refused_may_be_closed_for_it(kind: str) -> None:
+    """`on_refused` may end the connection in the middle of what it has sent."""
+    proceed = trio.Event()
+
+    async def handler(peer: Peer[bytes], message: bytes) -> bytes:
+        await proceed.wait()
+        return message
+
+    options = {"max_items": 1, "workers": 1, "refuse": True, "on_refused": lambda peer, overloaded: peer.close()}
+    async with serving(kind, handler, **options) as running:
+        client, other = await running.connect(), await running.connect()
+        await client.send(*[b"x"] * 200)
+        await closed_by_reason(running, CloseReason.CLOSED)
+        proceed.set()
+        await other.send(b"y")
+        assert await other.receive() == b"y"
+
+
+async def test_a_frame_too_small_for_a_farewell_closes_without_one(kind: str) -> None:
+    """What does not fit into a frame is not said; the server goes on."""
+
+    async def handler(peer: Peer[Any], message: Any) -> Any:
+        raise Overloaded("tickets" * 10)
+
+    framing = LengthPrefixed(30)
+    async with serving(kind, handler, codec=CODEC, framing=framing, on_error=lambda peer, error: None) as running:
+        for wire in (b"\0\0\x13\x88", framing.encode(CODEC.encode(Say("x"), 1))):
+            client = await running.connect()
+            await client.stream.send_all(wire)
+            assert await client.receive() is None
+            await client.stream.aclose()
+        assert set(running.server.statistics().closed) == {CloseReason.PROTOCOL, CloseReason.FAILED}
+
+
+async def closed_by_reason(running: Any, reason: CloseReason) -> None:
+    """Wait until a connection has ended for a reason."""
+    with trio.fail_after(20):
+        while not running.server.statistics().closed.get(reason):
+            await trio.lowlevel.checkpoint()

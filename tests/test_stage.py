@@ -273,6 +273,32 @@ async def test_a_handler_that_ends_in_spite_of_a_cancellation_is_not_cancelled(a
     assert (statistics.handled, statistics.cancelled, statistics.overdue) == (3, 0, 1)
 
 
+async def test_a_parked_item_that_ends_as_it_is_cancelled_is_counted_once(autojump_clock: MockClock) -> None:
+    """It has ended, so neither a cancellation nor a deadline that comes too late is told of it."""
+    errors: list[Any] = []
+    begun = trio.Event()
+    proceed = trio.Event()
+
+    async def handler(item: str) -> None:
+        await trio.sleep(0.1)
+        if item == "late":
+            with trio.CancelScope(shield=True):
+                await trio.sleep(1)
+        if item == "raced":
+            begun.set()
+            await proceed.wait()
+
+    async with running(handler, max_handling=0.5, on_error=lambda *args: errors.append(args)) as (queue, stage):
+        for item in ("first", "late", "raced", "last"):
+            queue.send_nowait("flow", item)
+        await begun.wait()
+        proceed.set()
+        stage.cancel("flow")
+    statistics = stage.statistics()
+    assert (statistics.handled, statistics.cancelled, statistics.overdue, errors) == (4, 0, 0, [])
+    assert statistics.queue.in_hand == 0
+
+
 async def test_every_message_gets_a_ticket(autojump_clock: MockClock) -> None:
     """Handlers run under the ticket's limit, and a refusal of the ticket is the item's error."""
     now = most = 0
