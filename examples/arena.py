@@ -89,7 +89,9 @@ async def judging() -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
         with theirs:
             command = [sys.executable, script, str(theirs.fileno())]
-            await nursery.start(partial(trio.run_process, command, pass_fds=[theirs.fileno()]))
+            # In a session of its own, a Ctrl-C at the terminal reaches the server only, which then drains.
+            run = partial(trio.run_process, command, pass_fds=[theirs.fileno()], start_new_session=True)
+            await nursery.start(run)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
         async with open_remote_stream(stream) as judge:
             yield

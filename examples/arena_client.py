@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import trio
 from arena import Login, Move, Strike, app
@@ -30,4 +31,11 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main)
+    try:
+        trio.run(main)
+    except OSError as error:
+        sys.exit(f"{error}; is the server running? stagetrio run examples/arena.py")
+    except BaseExceptionGroup as group:
+        # Ctrl-C is the way to leave; what the server said at its end has been printed.
+        if group.split((KeyboardInterrupt, trio.BrokenResourceError))[1] is not None:
+            raise

@@ -29,10 +29,21 @@ async def main() -> None:
         print(f"in {options.room}: {', '.join(members.names)}", flush=True)
         nursery.start_soon(listen, client)
         async for line in trio.wrap_file(sys.stdin):
-            # A reply, even an empty one, says that the line has been passed on.
-            await client.ask(Say(line.rstrip("\n")))
+            try:
+                message = Say(line.rstrip("\n"))
+            except ValueError as error:  # too long
+                print(error, flush=True)
+            else:
+                await client.ask(message)  # the reply, though empty, says that it has been passed on
         nursery.cancel_scope.cancel()
 
 
 if __name__ == "__main__":
-    trio.run(main)
+    try:
+        trio.run(main)
+    except OSError as error:
+        sys.exit(f"{error}; is the server running? stagetrio run examples/chat.py")
+    except BaseExceptionGroup as group:
+        # Ctrl-C is the way to leave; what the server said at its end has been printed.
+        if group.split((KeyboardInterrupt, trio.BrokenResourceError))[1] is not None:
+            raise

@@ -109,6 +109,32 @@ async def test_arena() -> None:
         os.kill(int(children[0]), 0)
 
 
+async def test_arena_drains_when_its_terminal_is_interrupted() -> None:
+    """Ctrl-C reaches every process of the terminal's group; the judge is not among them, and the server drains."""
+    command = [sys.executable, "-m", "stagetrio", "run", str(EXAMPLES / "arena.py"), "--bind", "tcp://127.0.0.1:0"]
+    process = await trio.lowlevel.open_process(command, stderr=subprocess.PIPE, start_new_session=True)
+    assert process.stderr is not None
+    with trio.fail_after(30):
+        lines = Lines(process.stderr)
+        assert "serving" in await lines.next()
+        os.killpg(process.pid, signal.SIGINT)
+        assert await process.wait() == 0
+        assert "draining" in await lines.next()
+        assert await process.stderr.receive_some() == b""
+    await process.stderr.aclose()
+
+
+async def test_clients_say_in_a_line_that_nobody_is_there() -> None:
+    """Without a server a client ends with one line that says how to start it."""
+    for example, arguments in (("echo", ["x"]), ("chat", ["--name", "ada"]), ("arena", ["--name", "ada"])):
+        command = [sys.executable, str(EXAMPLES / f"{example}_client.py"), *arguments, "--at", "tcp://127.0.0.1:1"]
+        with trio.fail_after(30):
+            done = await trio.run_process(command, capture_stderr=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.decode().count("\n") == 1
+        assert f"stagetrio run examples/{example}.py" in done.stderr.decode()
+
+
 async def test_arena_judges_strikes() -> None:
     """A strike is judged by distance: two players on the same board, one near and one far."""
     async with served("arena.py") as (address, _process), trio.open_nursery() as nursery:
