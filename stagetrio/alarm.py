@@ -42,7 +42,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import greenlet
 from trio.lowlevel import enable_ki_protection
 
-from stagetrio.events import Events, free_tool
+from stagetrio.events import MACHINERY, Events, free_tool
 
 SIGALRM: int = getattr(signal, "SIGALRM", 0)
 SIGURG: int = getattr(signal, "SIGURG", 0)  # ignored by default: one that comes late does no harm
@@ -113,6 +113,9 @@ class Interruptions(Generic[L]):
         end = lane.end_of_slice()
         if now < end:
             self.alarm.arm(end, now)
+            return
+        if frame.f_globals.get("__name__") in MACHINERY:
+            self.alarm.arm(now + RETRY_SECONDS, now)  # not the handler's doing, and over in a moment
             return
         self._judging = True  # until this is decided, another ring has nothing to add
         stops = lane.may_stop(frame, at_a_seam=at_a_seam)

@@ -15,12 +15,11 @@ nobody is active it is not armed again. The invariant: *while a handler is activ
 earlier*. It holds because ``active`` and the end are set before the alarm is looked at: a ring before that finds nobody
 and disarms, and the look arms; a ring after it finds the handler, and arms.
 
-**What is charged** is the time for which the loop was held (``perf_counter``), not processor time: ``time.sleep`` burns
-nothing and delays everyone. Flows are charged only while somebody has had to wait: without contention a handler costs
-two readings of the clock.
+**What is charged** is the time for which the loop was held, not processor time: ``time.sleep`` burns nothing and
+delays everyone. Flows are charged only while somebody has had to wait: else a handler costs two readings of the clock.
 
-**Cancellation at a forced checkpoint** is withheld while the handler is cleaning up (in a ``finally`` or ``except``
-block), so that what it has begun there it ends, for up to ``cleanup`` seconds of holding the loop.
+**A cancellation** is withheld at a forced checkpoint in a ``finally`` or ``except`` block, so that what is begun there
+is ended, for up to ``cleanup`` seconds of holding the loop.
 
 **Nesting.** A handler that awaits ``watchdog.run`` is paused while the inner handler has the loop; the inner driver
 runs on the outer stack, and what it yields passes through the outer one's driver.
@@ -64,9 +63,7 @@ class Loop(Interruptions["Lane"]):
     Args:
         alarm: What interrupts.
         quantum: Seconds of opted-in work per pass.
-        preemptible: Names of modules in which handlers may be stopped besides their own.
-        weight: Maps a flow to its weight.
-        cleanup: Seconds for which a cancelled handler's cleanup may hold the loop before it is cancelled in turn.
+        preemptible, weight, cleanup: As of `stagetrio.watchdog.open_watchdog`.
     """
 
     def __init__(
@@ -224,9 +221,8 @@ class Lane:
             self.settle()
         self.exceeded = False
         if self.since >= self.end_at:
-            handler = self.handler
+            handler, _ = self.handler, self.end()
             assert handler is not None
-            self.end()
             self.begin(handler, self.flow, self.budget)
 
     @enable_ki_protection
@@ -321,8 +317,7 @@ class Lane:
             self._turns.charge(self.account(), held)
         if self._before >= self.budget and not self.exceeded:
             self._exceed()
-        if self.put_off and now - self.end_at > self._turns.quantum:
-            assert self.handler is not None
+        if self.put_off and now - self.end_at > self._turns.quantum and self.handler is not None:
             loop.late.count(self.handler, self._denied)
 
     def _exceed(self) -> None:
