@@ -193,7 +193,7 @@ class Thread:
         if self._masked:
             self._owed = True
         else:
-            _raise_in(self._ident, ctypes.py_object(JobInterrupted))
+            _raise_in(self._ident)
 
     # All below runs in the thread.
 
@@ -266,14 +266,14 @@ class Thread:
         with self.lock:
             self.current = None
             if self.retired and job.interrupt:
-                _raise_in(self._ident, None)
+                _take_back(self._ident)
 
     def _mask(self) -> None:
         with self.lock:
             self._masked = True
-            if self.retired:
-                _raise_in(self._ident, None)
-                self._owed = self.current is not None and self.current.interrupt
+            if self.retired and self.current is not None and self.current.interrupt:
+                _take_back(self._ident)
+                self._owed = True
 
     def _unmask(self) -> None:
         with self.lock:
@@ -378,6 +378,25 @@ def _below(error: BaseException) -> Any:
     return traceback or error.__traceback__
 
 
-def _raise_in(ident: int, exception: Any) -> None:
-    """Have an exception raised in a thread at its next bytecode; None: take back one that was not raised yet."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), exception)
+def _raise_in(ident: int) -> None:
+    """Have a `JobInterrupted` raised in a thread at its next bytecode, in the place of one that was not raised yet."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(JobInterrupted))
+
+
+def _take_back(ident: int) -> None:
+    """Leave no exception pending in the calling thread.
+
+    The interpreter's own way, to set none, leaves up to 3.12 the mark that one is pending on all threads for good:
+    every loop and every call looks for it from then on, and on 3.11 a function that is traced never gets beyond that.
+    So the one that may be pending is replaced by one that certainly is, and that is caught here.
+    """
+    try:
+        _raise_in(ident)
+        while True:
+            _look()
+    except JobInterrupted:
+        pass
+
+
+def _look() -> None:
+    """Return; where a function starts the interpreter looks for exceptions to be raised."""

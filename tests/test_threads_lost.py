@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
+import sys
+import textwrap
 import threading
 from functools import partial
 
@@ -218,6 +221,41 @@ async def test_a_computation_is_interrupted_where_its_caller_allowed_it() -> Non
         assert await pool.call(len, "abc") == 3
 
 
+def test_an_interruption_leaves_no_mark_on_the_interpreter() -> None:
+    """A function that is traced ends, on every version. In a process of its own, which would not end otherwise."""
+    code = textwrap.dedent("""
+        import itertools, sys, threading
+        from functools import partial
+        import trio
+        from stagetrio.threads import open_thread_pool
+
+        begun = threading.Event()
+
+        def endless():
+            for _ in itertools.count():
+                begun.set()
+
+        async def main():
+            async with open_thread_pool(1, grace=20) as pool, trio.open_nursery() as nursery:
+                nursery.start_soon(partial(pool.call, endless, interrupt=True))
+                assert await trio.to_thread.run_sync(begun.wait, 20)
+                nursery.cancel_scope.cancel()
+
+        def traced():
+            print("ended")
+
+        def trace(*_):
+            return trace
+
+        trio.run(main)
+        sys.settrace(trace)
+        traced()
+        sys.settrace(None)
+    """)
+    ended = subprocess.run([sys.executable, "-c", code], timeout=60, stdout=subprocess.PIPE, text=True, check=True)
+    assert ended.stdout == "ended\n"
+
+
 async def test_a_job_that_did_not_allow_it_is_not_interrupted(mock_clock: MockClock) -> None:
     """By default nothing is raised where the code does not expect it."""
     caught: list[BaseException] = []
@@ -248,9 +286,11 @@ async def test_a_job_that_did_not_allow_it_is_not_interrupted(mock_clock: MockCl
 async def test_an_interruption_hits_its_own_job_only(max_running: int) -> None:
     """Hundreds of jobs cancelled at any point of theirs, with every call upon their worker: the others never notice."""
     interrupted = itertools.count()
+    begun: set[int] = set()
 
     def victim(n: int) -> None:
         try:
+            begun.add(n)
             for i in itertools.count():  # endless: it ends by the interruption, or has never begun
                 if i % 10 < n % 10:
                     give_way()
@@ -274,6 +314,8 @@ async def test_an_interruption_hits_its_own_job_only(max_running: int) -> None:
             with trio.CancelScope() as scope:
                 async with trio.open_nursery() as racers:
                     racers.start_soon(partial(pool.call, victim, n, interrupt=True))
+                    while n % 2 and n not in begun:
+                        await trio.lowlevel.checkpoint()
                     for _ in range(chance.randrange(40)):
                         await trio.lowlevel.checkpoint()
                     scope.cancel()
