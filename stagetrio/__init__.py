@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from stagetrio.pacer import Pacer as Pacer
     from stagetrio.peer import Peer as Peer
     from stagetrio.preempt import no_preempt as no_preempt
+    from stagetrio.proxies import Proxies as Proxies
     from stagetrio.remote import Procedures as Procedures
     from stagetrio.remote import Remote as Remote
     from stagetrio.remote import RemoteError as RemoteError
@@ -88,6 +89,7 @@ _ROOMS = {
     "PeerLimits": "rules",
     "Procedures": "remote",
     "ProtocolError": "framing",
+    "Proxies": "proxies",
     "Rate": "limiter",
     "RateLimiter": "limiter",
     "Refused": "codec",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ import trio
 from stagetrio.hub import Hub
 from stagetrio.limiter import RateLimiter
 from stagetrio.nursery_pool import NurseryPool
+from stagetrio.proxies import Arrivals, Welcome
 from stagetrio.reaper import Reaper
 from stagetrio.sockets import (
     ACCEPT_PAUSE,
@@ -34,8 +35,6 @@ from stagetrio.transport import HubTransport, StreamTransport, Transport
 BATCH = 64  # connections accepted in one pass
 PAUSE = 0.1  # seconds to wait for descriptors or memory
 
-Welcome = Callable[[Transport, Address | None], None]
-
 
 class Acceptor:
     """Accepts connections and hands each to its owner as a transport.
@@ -45,6 +44,7 @@ class Acceptor:
         reaper: What looks after handshakes.
         welcome: Called with each new transport and the address of the other side, None if it has none.
         pace: How fast connections are taken; None: as they come.
+        arrivals: Where connections from proxies wait for the header that says whose they are; closed by `run`.
         vanished_within: Seconds after which a silent host counts as lost, see `set_connection_options`.
     """
 
@@ -55,12 +55,14 @@ class Acceptor:
         welcome: Welcome,
         *,
         pace: RateLimiter | None = None,
+        arrivals: Arrivals | None = None,
         vanished_within: float = VANISHED_WITHIN,
     ) -> None:
         self._hub = hub
         self._reaper = reaper
         self._hand_over = welcome
         self._pace = pace
+        self._arrivals = arrivals
         self._vanished_within = vanished_within
         self._scope = trio.CancelScope()
         #: Times accepting failed, for one connection or for all.
@@ -85,6 +87,8 @@ class Acceptor:
                     for listener in listeners:
                         nursery.start_soon(self._accept, listener, pool)
         finally:
+            if self._arrivals is not None:
+                self._arrivals.close()
             with trio.CancelScope(shield=True):  # closing listeners does not wait
                 for listener in listeners:
                     await listener.aclose()
@@ -94,6 +98,8 @@ class Acceptor:
         if isinstance(listener, TlsListener):
             welcome = partial(self._secure, listener)
             listener = listener.inner
+        if self._arrivals is not None:
+            welcome = partial(self._introduce, self._arrivals, welcome)
         if self._hub is not None and isinstance(listener, SocketListener) and _is_plain(listener.socket):
             await self._accept_sockets(listener, self._hub, welcome)
         else:
@@ -101,6 +107,14 @@ class Acceptor:
 
     def _secure(self, listener: TlsListener, transport: Transport, address: Address | None) -> None:
         self._hand_over(listener.wrap(transport, self._reaper), address)
+
+    def _introduce(
+        self, arrivals: Arrivals, welcome: Welcome, transport: Transport, address: Address | None
+    ) -> None:
+        if arrivals.proxies.trusts(address):
+            arrivals.expect(transport, address, welcome)
+        else:
+            welcome(transport, address)
 
     async def _accept_sockets(self, listener: SocketListener, hub: Hub, welcome: Welcome) -> None:
         # Trio's socket accepts one connection per checkpoint; its double accepts all that wait.
@@ -126,8 +140,7 @@ class Acceptor:
     def _welcome_socket(self, sock: socket.socket, hub: Hub, welcome: Welcome) -> None:
         try:
             sock.setblocking(False)
-            set_connection_options(sock, self._vanished_within)
-            address = address_of(sock, remote=True)
+            address = self._prepare(sock)
         except OSError:  # gone already
             self.errors += 1
             sock.close()
@@ -143,10 +156,19 @@ class Acceptor:
             except OSError as error:
                 await self._failed(error)
                 continue
+            try:
+                address = self._prepare(stream.socket) if isinstance(stream, trio.SocketStream) else None
+            except OSError:  # gone already
+                self.errors += 1
+                await trio.aclose_forcefully(stream)
+                continue
             transport = StreamTransport(stream)
             pool.start_soon(transport.run)
-            address = address_of(stream.socket, remote=True) if isinstance(stream, trio.SocketStream) else None
             welcome(transport, address)
+
+    def _prepare(self, sock: socket.socket | trio.socket.SocketType) -> Address:
+        set_connection_options(sock, self._vanished_within)
+        return address_of(sock, remote=True)
 
     async def _failed(self, error: OSError) -> None:
         self.errors += 1

@@ -16,6 +16,7 @@ class CloseReason(enum.Enum):
 
     ENDED = "ended"  #: the other side closed, after everything it sent was served
     RESET = "reset"  #: the connection was lost
+    PROXY = "proxy"  #: it came through a proxy, and the header that says for whom was wrong or late
     HANDSHAKE = "handshake"  #: the connection was to be encrypted, and that failed or took too long
     PROTOCOL = "protocol"  #: the other side broke the rules of the wire
     SILENT = "silent"  #: no frame came within ``first_frame_within``

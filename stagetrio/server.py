@@ -34,6 +34,7 @@ from stagetrio.limiter import Overloaded
 from stagetrio.nursery_pool import NurseryPool, open_nursery_pool
 from stagetrio.pacer import Pacer
 from stagetrio.peer import Peer
+from stagetrio.proxies import Arrivals, Proxies, ProxyStatistics
 from stagetrio.reaper import Reaper
 from stagetrio.rules import CloseReason, PeerLimits
 from stagetrio.sockets import Address
@@ -57,6 +58,7 @@ class ServerStatistics:
         accepted: Connections accepted.
         refused_connections: Connections turned away, because there were ``max_connections`` or by the admission.
         admission: Whom the admission has let in, and why not the others.
+        proxied: What became of connections from proxies; None without ``proxies``.
         accept_errors: Times `accept` failed, among them those without descriptors or memory.
         closed: ``{reason: connections}`` that ended so.
         discarded: Messages dropped unhandled because their connection had ended.
@@ -72,6 +74,7 @@ class ServerStatistics:
     accepted: int
     refused_connections: int
     admission: AdmissionStatistics
+    proxied: ProxyStatistics | None
     accept_errors: int
     closed: dict[CloseReason, int]
     discarded: int
@@ -95,6 +98,7 @@ class StageServer(Generic[M]):
         limits: PeerLimits,
         max_connections: float,
         admission: Admission | None,
+        proxies: Proxies | None,
         max_items: int,
         workers: int,
         refuse: bool,
@@ -148,11 +152,13 @@ class StageServer(Generic[M]):
         self._touched: list[Peer[Any]] = []
         self._flusher: Task | None = None  # while it waits
         self._scope = trio.CancelScope()
+        self._arrivals = None if proxies is None else Arrivals(proxies, self._reaper, self._lost)
         self._acceptor = Acceptor(
             self._hub,
             self._reaper,
             self._welcome,
             pace=self._admission.pace,
+            arrivals=self._arrivals,
             vanished_within=limits.vanished_within,
         )
         self._emptied = trio.Event()
@@ -175,6 +181,7 @@ class StageServer(Generic[M]):
             accepted=self._accepted,
             refused_connections=self._refused_connections,
             admission=self._admission.statistics(),
+            proxied=None if self._arrivals is None else self._arrivals.statistics(),
             accept_errors=self._acceptor.errors,
             closed=dict(self._closed),
             discarded=self._exchange.discarded,
@@ -269,6 +276,10 @@ class StageServer(Generic[M]):
     def _hook_failed(self, error: Exception, key: Hashable | None) -> None:
         assert self._on_error is not None
         self._on_error(cast("Peer[M]", key), error)
+
+    def _lost(self, reason: CloseReason) -> None:
+        self._accepted += 1
+        self._closed[reason] += 1
 
     def _welcome(self, transport: Transport, address: Address | None) -> None:
         self._accepted += 1
@@ -450,6 +461,7 @@ async def serve_stage(
     max_items: int = 10_000,
     max_connections: float = 10_000,
     admission: Admission | None = None,
+    proxies: Proxies | None = None,
     refuse: bool = False,
     max_handling: float = inf,
     watchdog: Watchdog | None = None,
@@ -484,6 +496,7 @@ async def serve_stage(
         max_connections: Connections at once; one more is closed with a farewell.
         admission: Who may connect: how many per address, how fast, and a filter. By default everybody; who finds the
             server full is told to come back within 10 seconds.
+        proxies: Who opens connections for others, and says for whom by a PROXY header. By default nobody.
         refuse: Answer messages for which the queue has no room by a refusal, instead of leaving their socket unread.
         max_handling: Seconds from a handler's first wait after which it is cancelled.
         watchdog: What forces handlers that hold the loop to a checkpoint. Read first who must not be forced:
@@ -519,6 +532,7 @@ async def serve_stage(
         limits=PeerLimits() if limits is None else limits,
         max_connections=max_connections,
         admission=admission,
+        proxies=proxies,
         max_items=max_items,
         workers=workers,
         refuse=refuse,

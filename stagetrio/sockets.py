@@ -365,7 +365,15 @@ def set_connection_options(
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
 
 
-# `accept` fails with these for one connection only: it was gone before it was accepted.
-ACCEPT_SKIP = frozenset({errno.ECONNABORTED, errno.EPERM, errno.EPROTO, errno.ENETDOWN, errno.EHOSTUNREACH})
+def _known(*names: str) -> frozenset[int]:
+    return frozenset(getattr(errno, name) for name in names if hasattr(errno, name))
+
+
+# `accept` fails with these for one connection only: it was gone before it was accepted. Linux hands over whatever
+# error is pending on it (accept(2), "Error handling"), and a firewall's refusal.
+ACCEPT_SKIP = _known(
+    "ECONNABORTED", "EPERM", "EPROTO", "ENOPROTOOPT", "ENETDOWN", "ENETUNREACH", "ENONET", "EHOSTDOWN", "EHOSTUNREACH",
+    "ETIMEDOUT", "EINTR",
+)  # fmt: skip
 # And with these when this process or the machine has run out of something: waiting is the only cure.
-ACCEPT_PAUSE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+ACCEPT_PAUSE = _known("EMFILE", "ENFILE", "ENOMEM", "ENOBUFS")

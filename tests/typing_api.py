@@ -31,6 +31,7 @@ from stagetrio import (
     Peer,
     PeerLimits,
     Procedures,
+    Proxies,
     Rate,
     RateLimiter,
     RemoteError,
@@ -286,6 +287,7 @@ async def servers() -> None:
         assert_type(server.statistics().closed, dict[CloseReason, int])
         await server.drain(5.0)
     await serve_stage(answer, listeners, framing=LengthPrefixed(1 << 16), codec=codec, flow=lambda peer: peer.address)
+    await serve_stage(answer, listeners, codec=codec, proxies=Proxies(["10.0.0.0/8", "unix"], header_within=5))
 
 
 async def clients() -> None:
