@@ -40,9 +40,11 @@ if TYPE_CHECKING:
     from stagetrio.remote import Procedures as Procedures
     from stagetrio.remote import Remote as Remote
     from stagetrio.remote import RemoteError as RemoteError
+    from stagetrio.remote import RemoteWorkers as RemoteWorkers
     from stagetrio.remote import WorkerLost as WorkerLost
     from stagetrio.remote import open_remote as open_remote
     from stagetrio.remote import open_remote_stream as open_remote_stream
+    from stagetrio.remote import open_remote_workers as open_remote_workers
     from stagetrio.remote import serve_remote as serve_remote
     from stagetrio.remote import serve_remote_stream as serve_remote_stream
     from stagetrio.retry import RetryBudget as RetryBudget
@@ -95,6 +97,7 @@ _ROOMS = {
     "Refused": "codec",
     "Remote": "remote",
     "RemoteError": "remote",
+    "RemoteWorkers": "remote",
     "RequestFailed": "client",
     "RetryBudget": "retry",
     "Shedder": "shed",
@@ -113,6 +116,7 @@ _ROOMS = {
     "open_nursery_pool": "nursery_pool",
     "open_remote": "remote",
     "open_remote_stream": "remote",
+    "open_remote_workers": "remote",
     "open_watchdog": "watchdog",
     "secure": "tls",
     "serve_remote": "remote",

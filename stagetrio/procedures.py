@@ -309,6 +309,10 @@ class Procedures:
         self._by_name[name] = procedure
         return function
 
+    def __reduce__(self) -> tuple[Callable[..., Procedures], tuple[dict[str, Callable[..., Any]]]]:
+        # It crosses to a process of our own as functions by their names: there each is what its own module made of it.
+        return _registered, ({name: procedure.function for name, procedure in self._by_name.items()},)
+
     def get(self, name: str) -> Procedure | None:
         """Return the procedure of that name, if there is one."""
         return self._by_name.get(name)
@@ -322,6 +326,13 @@ class Procedures:
         """Return what has become of the requests of all connections so far."""
         failures, mistakes = dict(self.failures.counts), dict(self.mistakes.counts)
         return ProceduresStatistics(**attrs.asdict(self.tally), failures=failures, mistakes=mistakes)
+
+
+def _registered(functions: dict[str, Callable[..., Any]]) -> Procedures:
+    procedures = Procedures()
+    for name, function in functions.items():
+        procedures._by_name[name] = stamp_of(function) or Procedure(function, name)
+    return procedures
 
 
 class NamedProcedure:

@@ -111,6 +111,10 @@ class ProcessLink:
         with contextlib.suppress(OSError):  # it is gone already
             self._sock.shutdown(socket.SHUT_WR)
 
+    def stream(self) -> trio.SocketStream:
+        """The socket as a stream, for a worker that is talked to in other ways than by `exchange`."""
+        return trio.SocketStream(trio.socket.from_stdlib_socket(self._sock))
+
     async def end(self) -> None:
         """Kill the process if it is there, and close the socket.
 
@@ -125,12 +129,15 @@ class ProcessLink:
             self._sock.close()
 
 
-async def start_worker(setup: dict[str, Any], start_within: float) -> ProcessLink:
+async def start_worker(
+    setup: dict[str, Any], start_within: float, module: str = "stagetrio.process_worker"
+) -> ProcessLink:
     """Start a worker process and wait until it is ready.
 
     Args:
         setup: what it is told first.
         start_within: seconds it is given.
+        module: the one whose ``main`` is the worker.
 
     Raises:
         WorkerLost: It was not ready in time, or could not make itself ready; its traceback is a note.
@@ -142,7 +149,7 @@ async def start_worker(setup: dict[str, Any], start_within: float) -> ProcessLin
         ours.setblocking(False)
         with theirs:
             process = await trio.lowlevel.open_process(
-                command(theirs.fileno(), _ROOT),
+                command(theirs.fileno(), _ROOT, module),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 process_group=0,  # the terminal's Ctrl-C is for this process alone

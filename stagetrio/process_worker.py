@@ -26,9 +26,11 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import spawn
 from struct import Struct
-from typing import Any
+from typing import Any, TypeVar
 
 from stagetrio.jobs import bind
+
+T = TypeVar("T")
 
 SETUP, CALL, BATCH = 0, 1, 2  # to the worker
 READY, FAILED, VALUE, ERROR, PROGRESS = 0, 1, 2, 3, 4  # from the worker
@@ -88,28 +90,43 @@ class _Reporter:
         """So nothing was given away."""
 
 
-def main(fd: int) -> None:
-    """Serve the parent at the other end of a socket until it closes its end."""
+def get_ready(fd: int, make: Callable[[dict[str, Any]], T]) -> tuple[socket.socket, T] | None:
+    """Get ready as the parent at the other end of a socket says; None: it is gone, or has been told why that failed.
+
+    Args:
+        fd: The socket.
+        make: What else is to be done; gets what the parent said.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sock = socket.socket(fileno=fd)
     sock.set_inheritable(False)
     received = _receive(sock)
     if received is None:
-        return
+        return None
     try:
         setup = received[1]
         spawn.prepare(setup["main"])
         for module in setup["preload"]:
             __import__(module)
+        made = make(setup)
     except BaseException:
         sock.sendall(frame(FAILED, traceback.format_exc()))
-        return
+        return None
     threading.Thread(target=_watch_parent, args=(sock.fileno(),), name="stagetrio parent watch", daemon=True).start()
-    bind(_Reporter(sock))
     sock.sendall(frame(READY, None))
+    return sock, made
+
+
+def main(fd: int) -> None:
+    """Serve the parent at the other end of a socket until it closes its end."""
+    ready = get_ready(fd, lambda setup: setup["max_memory_bytes"])
+    if ready is None:
+        return
+    sock, max_memory_bytes = ready
+    bind(_Reporter(sock))
     try:
         while (received := _receive(sock)) is not None:
-            sock.sendall(_answer(*received, setup["max_memory_bytes"]))
+            sock.sendall(_answer(*received, max_memory_bytes))
             received = None  # an idle worker holds on to nothing
     except (BrokenPipeError, ConnectionResetError):
         return  # the parent is gone
@@ -171,14 +188,15 @@ def resident_bytes() -> float:
         return 0.0
 
 
-def command(fd: int, package_root: str) -> list[str]:
+def command(fd: int, package_root: str, module: str) -> list[str]:
     """The command line of a worker process.
 
     Args:
         fd: its end of the socket, inherited.
         package_root: the directory this package is imported from.
+        module: the one whose ``main`` is the worker.
     """
-    code = f"import sys; sys.path.insert(0, {package_root!r}); from stagetrio.process_worker import main; main({fd})"
+    code = f"import sys; sys.path.insert(0, {package_root!r}); from {module} import main; main({fd})"
     return [sys.executable, "-c", code]
 
 

@@ -14,6 +14,10 @@ Synopsis::
     async with open_remote("unix:///run/judge.sock") as remote:
         verdict = await remote.call(judge, game)
 
+    # or both in one program, in worker processes of its own
+    async with open_remote_workers(procedures, 4) as workers:
+        verdict = await workers.call(judge, game)
+
 What it does and does not promise (`docs/remote.rst` tells the whole way of a call):
 
 - Names and data cross, never code. Calls are multiplexed on one connection.
@@ -36,6 +40,7 @@ from stagetrio.remote_hello import Unwelcome, receive_hello, say_bye, say_welcom
 from stagetrio.remote_link import Link, Remote, RemoteStatistics, RemoteStream
 from stagetrio.remote_serving import ServedConnection
 from stagetrio.remote_wire import RemoteError, WorkerLost, check_bounds
+from stagetrio.remote_workers import RemoteWorkers, RemoteWorkersStatistics, open_remote_workers
 from stagetrio.sockets import TcpAddress, connect, parse_address
 
 __all__ = [
@@ -45,9 +50,12 @@ __all__ = [
     "serve_remote_stream",
     "open_remote",
     "open_remote_stream",
+    "open_remote_workers",
     "Remote",
     "RemoteStatistics",
     "RemoteStream",
+    "RemoteWorkers",
+    "RemoteWorkersStatistics",
     "RemoteError",
     "WorkerLost",
 ]

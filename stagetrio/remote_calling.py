@@ -19,7 +19,7 @@ that falls free goes straight to the longest waiting caller, so nobody overtakes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -62,6 +62,7 @@ class CallingConnection:
         tally: Where to count.
         max_frame_bytes: The longest answer.
         max_buffered_bytes: Requests collected for a worker that does not fetch them; callers wait beyond it.
+        why: Asked when the connection has ended, with what was seen of that here, for what is to be told to callers.
     """
 
     def __init__(
@@ -72,8 +73,9 @@ class CallingConnection:
         *,
         max_frame_bytes: int,
         max_buffered_bytes: int,
+        why: Callable[[str], Awaitable[str]] | None = None,
     ) -> None:
-        self._stream, self._tally = stream, tally
+        self._stream, self._tally, self._why = stream, tally, why
         self._scope = trio.CancelScope()
         self._decoder = LengthPrefixed(max_frame_bytes).decoder()
         self._frame = LengthPrefixed(welcome.max_frame_bytes).encode
@@ -245,6 +247,8 @@ class CallingConnection:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._output.run)
                     reason = await self._read()
+                    if self._why is not None:
+                        reason = await self._why(reason)
                     nursery.cancel_scope.cancel()
         finally:
             self._lose(reason)

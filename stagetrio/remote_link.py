@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 import attrs
 import trio
@@ -26,6 +26,47 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 _KNOWN_FUNCTIONS = 1000  # how many unregistered functions are remembered to have been looked at
+
+
+class KnownProcedures:
+    """How functions, and names, are called; each is looked at once."""
+
+    def __init__(self) -> None:
+        self._any_type = wire_type(Any)
+        self._known: dict[Callable[..., Any] | str, Procedure | NamedProcedure] = {}
+
+    def get(self, procedure: Callable[..., Any] | str) -> Procedure | NamedProcedure:
+        """Return how to call a function, or a name."""
+        known = stamp_of(procedure) or self._known.get(procedure)
+        if known is not None:
+            return known
+        if len(self._known) >= _KNOWN_FUNCTIONS:
+            self._known.clear()
+        known = NamedProcedure(procedure, self._any_type) if isinstance(procedure, str) else procedure_of(procedure)
+        self._known[procedure] = known
+        return known
+
+
+class Way(Protocol):
+    """How a `Remote` reaches the other side: by one connection (`Link`) or by several.
+
+    Attributes:
+        known: The procedures it has called.
+        reopens: Whether there may be another connection when one is lost.
+    """
+
+    known: KnownProcedures
+    reopens: bool
+
+    @property
+    def connection(self) -> CallingConnection:
+        """Where the next request goes."""
+
+    async def reopened(self, lost: CallingConnection) -> CallingConnection:
+        """Return a connection that is not ``lost``; `WorkerLost` if it cannot be had."""
+
+    def statistics(self) -> RemoteStatistics:
+        """See `Remote.statistics`."""
 
 
 class Link:
@@ -53,8 +94,7 @@ class Link:
         self._nursery, self._open_stream, self._token, self.reopens = nursery, open_stream, token, reopens
         self._max_frame_bytes, self._max_buffered_bytes = max_frame_bytes, max_buffered_bytes
         self._opening = trio.Lock()
-        self._any_type = wire_type(Any)
-        self._known: dict[Callable[..., Any] | str, Procedure | NamedProcedure] = {}
+        self.known = KnownProcedures()
         self.tally = CallingTally()
         self.connection: CallingConnection
         self._closed = False
@@ -108,16 +148,15 @@ class Link:
         self._closed = True
         self.connection.close()
 
-    def procedure(self, procedure: Callable[..., Any] | str) -> Procedure | NamedProcedure:
-        """Return how to call a function, or a name."""
-        known = stamp_of(procedure) or self._known.get(procedure)
-        if known is not None:
-            return known
-        if len(self._known) >= _KNOWN_FUNCTIONS:
-            self._known.clear()
-        known = NamedProcedure(procedure, self._any_type) if isinstance(procedure, str) else procedure_of(procedure)
-        self._known[procedure] = known
-        return known
+    def statistics(self) -> RemoteStatistics:
+        """See `Remote.statistics`."""
+        connection, tally = self.connection, self.tally
+        return RemoteStatistics(
+            in_flight=connection.in_flight,
+            waiting=connection.waiting,
+            max_in_flight=connection.max_in_flight,
+            **attrs.asdict(tally),
+        )
 
 
 @attrs.frozen
@@ -181,15 +220,15 @@ class Remote:
     Any number of tasks may call at a time; their calls share one connection.
     """
 
-    def __init__(self, link: Link, *, idempotent: bool = False, window: int = 64) -> None:
-        self._link, self._idempotent, self._window = link, idempotent, window
+    def __init__(self, way: Way, *, idempotent: bool = False, window: int = 64) -> None:
+        self._way, self._idempotent, self._window = way, idempotent, window
 
     def with_options(self, *, idempotent: bool | None = None, window: int | None = None) -> Remote:
         """Return the same other side, called with other options; None: as they are.
 
         Args:
             idempotent: Running it twice does no harm: a call that loses its connection is tried again, once, on a new
-                one. Only `open_remote` knows how to make one.
+                one; `open_remote` makes it, and `open_remote_workers` has others.
             window: The most values of a `stream` that are under way or held here; ≥ 1.
 
         Raises:
@@ -198,7 +237,7 @@ class Remote:
         if window is not None:
             check_bounds(window=window)
         return Remote(
-            self._link,
+            self._way,
             idempotent=self._idempotent if idempotent is None else idempotent,
             window=self._window if window is None else window,
         )
@@ -230,9 +269,9 @@ class Remote:
 
         Cost: 9 µs of this side's CPU and 4 µs of the other's, with 64 callers, for a procedure that does not block.
         """
-        known = self._link.procedure(procedure)
+        known = self._way.known.get(procedure)
         arguments, keywords = known.pack_arguments(args, kwargs)
-        connection = self._link.connection
+        connection = self._way.connection
         try:
             raw = await connection.call(known.name, arguments, keywords)
         except WorkerLost as lost:
@@ -258,9 +297,9 @@ class Remote:
 
         Checkpoints: always; a cancellation means it did not happen.
         """
-        known = self._link.procedure(procedure)
+        known = self._way.known.get(procedure)
         arguments, keywords = known.pack_arguments(args, kwargs)
-        connection = self._link.connection
+        connection = self._way.connection
         try:
             await connection.post(known.name, arguments, keywords)
         except WorkerLost as lost:
@@ -300,9 +339,9 @@ class Remote:
 
         Checkpoints: on entry; a cancellation there means it did not happen.
         """
-        known = self._link.procedure(procedure)
+        known = self._way.known.get(procedure)
         arguments, keywords = known.pack_arguments(args, kwargs)
-        connection = self._link.connection
+        connection = self._way.connection
         try:
             values = await connection.open(known.name, arguments, keywords, self._window)
         except WorkerLost as lost:
@@ -315,22 +354,13 @@ class Remote:
 
     async def _once_more(self, connection: CallingConnection, lost: WorkerLost) -> CallingConnection:
         """Return another connection for what ``lost`` its own, if it may be tried again."""
-        if not self._link.reopens or (lost.may_have_run and not self._idempotent):
+        if not self._way.reopens or (lost.may_have_run and not self._idempotent):
             raise lost
         try:
-            return await self._link.reopened(connection)
+            return await self._way.reopened(connection)
         except WorkerLost as again:
             raise (lost if lost.may_have_run else again) from again
 
     def statistics(self) -> RemoteStatistics:
         """Return what this side has in flight, and what it has seen."""
-        connection, tally = self._link.connection, self._link.tally
-        return RemoteStatistics(
-            in_flight=connection.in_flight,
-            waiting=connection.waiting,
-            max_in_flight=connection.max_in_flight,
-            sent=tally.sent,
-            late=tally.late,
-            posts_failed=tally.posts_failed,
-            connections=tally.connections,
-        )
+        return self._way.statistics()

@@ -51,6 +51,7 @@ from stagetrio import (
     open_nursery_pool,
     open_remote,
     open_remote_stream,
+    open_remote_workers,
     open_watchdog,
     serve_remote,
     serve_remote_stream,
@@ -240,6 +241,9 @@ async def remote(stream: trio.abc.Stream) -> None:
             assert_type(lost.may_have_run, bool)
         except RemoteError:
             pass
+    async with open_remote_workers(procedures, 4, max_in_flight=10) as workers:
+        assert_type(await workers.call(judge, []), Verdict)
+        assert_type(workers.statistics().ready, int)
     async with trio.open_nursery() as nursery:
         await nursery.start(serve_remote, procedures, await open_listeners("tcp://127.0.0.1:0"))
         nursery.start_soon(serve_remote_stream, procedures, stream)
