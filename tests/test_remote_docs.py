@@ -11,8 +11,8 @@ GUIDE = Path(__file__).parent.parent / "docs/remote.rst"
 
 
 def test_the_guide_has_examples() -> None:
-    """A call and a stream, each with what it prints."""
-    assert [bool(example.output) for example in examples(GUIDE)] == [True, True]
+    """A call, a stream and workers, each with what it prints."""
+    assert [bool(example.output) for example in examples(GUIDE)] == [True, True, True]
 
 
 @pytest.mark.parametrize("example", examples(GUIDE), ids=lambda example: example.id)
