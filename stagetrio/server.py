@@ -101,6 +101,7 @@ class StageServer(Generic[M]):
         proxies: Proxies | None,
         max_items: int,
         workers: int,
+        max_running: int,
         refuse: bool,
         flow: Callable[[Peer[M]], Hashable] | None,
         weight: Callable[[Any], float] | None,
@@ -137,6 +138,7 @@ class StageServer(Generic[M]):
             queue=self._queue,
             workers=workers,
             order_key=_peer_of,
+            overlap=max_running,
             on_error=self._exchange.failed_with,
             after_slice=self._after_slice,
             max_handling=max_handling,
@@ -458,6 +460,7 @@ async def serve_stage(
     weight: Callable[[Any], float] | None = None,
     cost: Callable[[bytes], float] | None = None,
     workers: int = 100,
+    max_running: int = 1,
     max_items: int = 10_000,
     max_connections: float = 10_000,
     admission: Admission | None = None,
@@ -492,6 +495,9 @@ async def serve_stage(
         cost: What a message costs, in any unit, judged by its payload (``len``; ``lambda payload: 1.0``); by default
             the seconds its handler holds the loop, as measured. With declared costs no clock decides who is next.
         workers: Handlers that may be waiting for something at once.
+        max_running: Handlers of one peer that may be waiting for something at once. With 1 a peer's messages are
+            handled and answered in order; with more, an answer comes as soon as it is ready, and the codec's ids tell
+            what it answers.
         max_items: Messages queued, of all peers.
         max_connections: Connections at once; one more is closed with a farewell.
         admission: Who may connect: how many per address, how fast, and a filter. By default everybody; who finds the
@@ -535,6 +541,7 @@ async def serve_stage(
         proxies=proxies,
         max_items=max_items,
         workers=workers,
+        max_running=max_running,
         refuse=refuse,
         flow=flow,
         weight=weight,

@@ -18,7 +18,8 @@ handlers all wait runs ``workers`` of them at once.
 - Order. A key is *in hand* while a handler with that key is occupied. A message whose key is in hand is parked behind
   it, up to `MAX_PARKED`; from then on the flows that bring more are held in the queue. The worker in hand serves what
   was parked, so a key in hand occupies one worker however much is waiting for it. A handler that does not wait cannot
-  overlap another one, so it needs no key, and the common path touches no table.
+  overlap another one, so it needs no key, and the common path touches no table. With ``overlap`` a key is in hand under
+  as many places; what is parked waits for whichever of them is free first.
 - With a watchdog, each worker has a lane: a stack of its own on which handlers may be forced to a checkpoint. A handler
   that is made to wait for its turn there is occupied like any other that waits, and the leader's role passes on.
 - A worker runs inside one cancel scope for as long as nothing cancels it. A handler that is to be cancelled alone
@@ -33,7 +34,8 @@ Source: Welsh, Culler, Brewer: SEDA (SOSP 2001); Schmidt et al.: Leader/Follower
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Hashable
+from collections import deque
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from functools import partial
 from math import inf
 from time import perf_counter
@@ -88,13 +90,14 @@ class Stage(Generic[T]):
     """Serves what comes out of a fair queue.
 
     Args:
-        handler: An async function, called with each item. Two items of one key never overlap.
+        handler: An async function, called with each item. Two items of one key do not overlap, unless ``overlap`` says.
         queue: Where the items come from. The stage receives; whoever owns the queue sends and closes.
         workers: How many handlers may be waiting for something at once; ≥ 1.
         ticket: A ticket that each message needs before its handler starts.
         watchdog: What forces handlers that hold the loop to a checkpoint; `stagetrio.watchdog` says which must not be.
         budget: Seconds a handler may hold the loop in all, before it is cancelled; needs a watchdog.
         order_key: What orders an item; by default its flow.
+        overlap: Handlers of one key that may be waiting for something at once; 1 keeps the order within a key.
         cost: What an item costs, in any unit; by default the seconds its handler held the loop, as measured.
             A stage whose costs are declared reads no clock and is deterministic.
         on_error: Called with an item and what its handler raised, instead of letting that end the stage. An overdue
@@ -116,6 +119,7 @@ class Stage(Generic[T]):
         watchdog: Watchdog | None = None,
         budget: float = inf,
         order_key: Callable[[T], Hashable] | None = None,
+        overlap: int = 1,
         cost: Callable[[T], float] | None = None,
         on_error: Callable[[T, Exception], None] | None = None,
         after_slice: Callable[[], None] | None = None,
@@ -123,6 +127,10 @@ class Stage(Generic[T]):
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers must be at least 1, not {workers!r}")
+        if isinstance(overlap, bool) or not isinstance(overlap, int):
+            raise TypeError(f"overlap must be an int, not {overlap!r}")
+        if overlap < 1:
+            raise ValueError(f"overlap must be at least 1, not {overlap!r}")
         if not max_handling > 0:
             raise ValueError(f"max_handling must be positive, not {max_handling!r}")
         if not budget > 0:
@@ -136,6 +144,7 @@ class Stage(Generic[T]):
         self._watchdog = watchdog
         self._budget = budget
         self._order_key = order_key
+        self._overlap = overlap
         self._cost = cost
         self._quantum = RUN if cost is None else 0.0
         self._on_error = on_error
@@ -163,7 +172,7 @@ class Stage(Generic[T]):
             overdue=self._overdue,
             cancelled=self._cancelled,
             occupied=self._occupied,
-            parked=sum(len(in_hand.parked) for in_hand in self._in_hand.values()),
+            parked=sum({id(in_hand.parked): len(in_hand.parked) for in_hand in self._in_hand.values()}.values()),
             workers=self._workers,
             queue=self._queue.statistics(),
         )
@@ -182,13 +191,14 @@ class Stage(Generic[T]):
             self._start_worker()
 
     def cancel(self, key: Hashable) -> bool:
-        """Cancel the handler that is occupied with this key; return whether there was one."""
-        worker = self._in_hand.get(key)
-        if worker is None or worker.scope.cancel_called:
-            return False
-        worker.cancelled = True
-        worker.scope.cancel()
-        return True
+        """Cancel the handlers that are occupied with this key; return whether there was one."""
+        cancelled = False
+        for place in self._places(key):
+            worker = self._in_hand.get(place)
+            if worker is not None and not worker.scope.cancel_called:
+                cancelled = worker.cancelled = True
+                worker.scope.cancel()
+        return cancelled
 
     def _start_worker(self) -> None:
         assert self._nursery is not None
@@ -356,7 +366,21 @@ class Stage(Generic[T]):
             await self._handler(item)
 
     def _key_of(self, run: Run[Any, T], item: T) -> Hashable:
-        return run.flow if self._order_key is None else self._order_key(item)
+        key = run.flow if self._order_key is None else self._order_key(item)
+        if self._overlap == 1:
+            return key
+        places = self._places(key)
+        return next((place for place in places if place not in self._in_hand), places[0])
+
+    def _places(self, key: Hashable) -> Sequence[Hashable]:
+        """Under which keys a key can be in hand; those in hand share what is parked."""
+        return (key,) if self._overlap == 1 else [(key, number) for number in range(self._overlap)]
+
+    def _share_parked(self, worker: Worker[T], key: Hashable) -> None:
+        """Let whichever handler of a key ends first go on with what is parked behind all of them."""
+        others = (self._in_hand.get(place) for place in self._places(key))
+        other = next(filter(None, others), None)
+        worker.parked, worker.held = (deque(), []) if other is None else (other.parked, other.held)
 
     def _park(self, run: Run[Any, T]) -> bool:
         """Put the next item of a run behind its key if that is in hand."""
@@ -372,6 +396,8 @@ class Stage(Generic[T]):
     def _occupy(self, worker: Worker[T], run: Run[Any, T], item: T) -> None:
         """Leave the worker to its handler, which waits, and to what will be parked behind it; another one leads."""
         worker.key = self._key_of(run, item)
+        if self._overlap > 1:
+            self._share_parked(worker, worker.key[0])
         self._in_hand[worker.key] = worker
         worker.occupied = True
         self._occupied += 1

@@ -32,7 +32,7 @@ class Worker(Generic[T]):
         self.item: T  # in hand
         self.run: Run[Any, T]  # the item in hand as a run of its own, to be settled
         self.spent = 0.0  # seconds the item in hand has held the loop
-        self.key: Hashable = None
+        self.key: Any = None  # in hand; where handlers of one key may overlap: the key and a number
         self.parked: deque[Run[Any, T]] = deque()  # at most MAX_PARKED and what was left of a batch
         self.held: list[Hashable] = []  # flows held in the queue because they bring more of this key
 

@@ -57,6 +57,48 @@ async def test_order_is_kept_when_handlers_wait(kind: str) -> None:
         assert await client.receive_all() == payloads
 
 
+async def test_answers_come_as_they_are_ready_where_the_owner_says_so(kind: str) -> None:
+    """Two at a time: the third waits for a place, and a slow one does not keep the others."""
+    release = trio.Event()
+    running_now = most = 0
+
+    async def handler(peer: Peer[bytes], message: bytes) -> bytes:
+        nonlocal running_now, most
+        running_now += 1
+        most = max(most, running_now)
+        if message == b"slow":
+            await release.wait()
+        else:
+            await trio.lowlevel.checkpoint()
+        running_now -= 1
+        return message
+
+    async with serving(kind, handler, max_running=2) as running:
+        client = await running.connect()
+        await client.send(b"slow", *[b"%d" % i for i in range(100)])
+        assert [await client.receive() for _ in range(100)] == [b"%d" % i for i in range(100)]
+        release.set()
+        assert await client.receive() == b"slow"
+        assert most == 2
+
+
+async def test_cancel_on_disconnect_cancels_all_that_run_for_a_peer(kind: str) -> None:
+    """However many of its messages run at once."""
+
+    async def handler(peer: Peer[bytes], message: bytes) -> None:
+        await trio.sleep_forever()
+
+    async with serving(kind, handler, max_running=3, cancel_on_disconnect=True) as running:
+        client = await running.connect()
+        await client.send(*[b"x"] * 5)
+        while running.server.statistics().stage.occupied < 3:
+            await trio.lowlevel.checkpoint()
+        running.server.peers[0].close()
+        while running.server.statistics().stage.occupied:
+            await trio.lowlevel.checkpoint()
+        assert running.server.statistics().stage.cancelled == 3
+
+
 async def test_a_handler_that_waits_hinders_only_its_own_connection(kind: str) -> None:
     """A handler that never returns keeps its connection's next messages waiting, and nobody else's."""
 

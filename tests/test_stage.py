@@ -78,6 +78,53 @@ async def test_one_keys_items_never_overlap_and_keep_their_order(seed: int, keye
         assert all(numbers == sorted(numbers) for numbers in order.values())
 
 
+@pytest.mark.parametrize("seed", range(5))
+async def test_as_many_handlers_of_a_key_overlap_as_may(seed: int) -> None:
+    """Three at a time and never more, the others of the key wait parked, and everything is served once."""
+    rng = random.Random(seed)
+    in_hand: Counter[int] = Counter()
+    most: Counter[int] = Counter()
+    served: list[tuple[int, int]] = []
+
+    async def handler(item: tuple[int, int]) -> None:
+        key, _number = item
+        in_hand[key] += 1
+        most[key] = max(most[key], in_hand[key])
+        for _ in range(rng.randrange(4)):
+            await trio.lowlevel.checkpoint()
+        in_hand[key] -= 1
+        served.append(item)
+
+    items = [(key, number) for number in range(200) for key in range(4)]
+    async with running(handler, order_key=lambda item: item[0], overlap=3, workers=20) as (queue, stage):
+        for item in items:
+            queue.send_nowait(item[0], item)
+    assert sorted(served) == sorted(items)
+    assert set(most.values()) == {3}
+    assert stage.statistics().parked == 0
+
+
+async def test_what_is_parked_goes_to_whichever_handler_ends_first(autojump_clock: MockClock) -> None:
+    """One that never ends keeps its own place, and nothing behind it."""
+    served: list[int] = []
+
+    async def handler(item: int) -> None:
+        await trio.sleep(1 if item else 10_000)
+        served.append(item)
+
+    async with running(handler, overlap=2) as (queue, stage):
+        start = trio.current_time()
+        for item in range(2 * MAX_PARKED):
+            queue.send_nowait("flow", item)
+        await trio.sleep(2 * MAX_PARKED + 1)
+        assert served == list(range(1, 2 * MAX_PARKED))
+        assert stage.statistics().occupied == 1
+        assert stage.cancel("flow")
+        assert not stage.cancel("flow")
+    assert trio.current_time() - start < 2 * MAX_PARKED + 2
+    assert stage.statistics().cancelled == 1
+
+
 async def test_handlers_that_wait_run_at_once_up_to_the_bound(autojump_clock: MockClock) -> None:
     """64 handlers that wait 0.2 s each end after 0.2 s with 64 workers, and after 0.8 s with 16."""
     now = most = 0
@@ -383,6 +430,13 @@ async def test_forced_handlers_keep_the_order_of_their_key_and_are_charged() -> 
         slow = [entry for entry in log if not entry.startswith("quick")]
         assert slow == ["one begins", "one ends", "two begins", "two ends"]
         assert watchdog.statistics().forced >= 2
+
+
+@pytest.mark.parametrize(("overlap", "error"), [(0, ValueError), (1.5, TypeError), (True, TypeError)])
+async def test_an_overlap_is_a_number_of_handlers(overlap: Any, error: type[Exception]) -> None:
+    """At least one."""
+    with pytest.raises(error, match=f"overlap must be .*, not {overlap!r}"):
+        Stage(trio.sleep, queue=FairQueue(1), workers=1, overlap=overlap)
 
 
 async def test_a_budget_needs_a_watchdog_and_bounds() -> None:
