@@ -9,6 +9,7 @@ held              bound                                                at the bo
 ================= ==================================================== =======================================
 partial frame     the framing's ``max_bytes``                          the peer's mistake: the connection ends
 queued messages   ``max_decoded``, those in hand included              the socket is not read
+their bytes       ``max_input_bytes``, counted since none was queued   the socket is not read
 frames read       those of one read (64 KiB), not queued yet           the socket is not read
 output            ``max_outbox_bytes``, and the replies to what is     the socket is not read; ``send`` waits, what
                   queued                                               ``send_nowait`` does is ``when_outbox_full``
@@ -82,6 +83,7 @@ class Peer(Generic[M]):
         "_frame_began",
         "_frames_received",
         "_host",
+        "_input_mark",
         "_last_frame",
         "_leftover",
         "_output_mark",
@@ -125,6 +127,7 @@ class Peer(Generic[M]):
         self._blocked = True  # the kernel has no room for output, or `start` is still to come
         self._room: trio.Event | None = None  # what `send` waits for
         self._frames_received = self._bytes_received = self._bytes_sent = 0
+        self._input_mark = 0  # bytes that had come when no message was queued or in hand
         self._last_frame = -inf
         self._frame_began = (0.0, 0)  # when the partial frame began, and how many bytes had been received before it
         self._watching_frame = self._watching_output = False
@@ -316,7 +319,11 @@ class Peer(Generic[M]):
         if self._end_after is not None:
             if not self._backlog:
                 self.end(*self._end_after)
-        elif self._paused and self.outbox.size <= limits.max_outbox_bytes:
+        elif (
+            self._paused
+            and self.outbox.size <= limits.max_outbox_bytes
+            and (not self._backlog or self._bytes_received - self._input_mark <= limits.max_input_bytes)
+        ):
             self._paused = False
             self._transport.resume()
 
@@ -416,10 +423,11 @@ class Peer(Generic[M]):
     def _on_data(self, data: bytes) -> None:
         if self._state:
             return
-        began = self._bytes_received
-        self._bytes_received = began + len(data)
         decoder = self._decoder
         partial = decoder.buffered
+        if not (self._backlog or self._leftover):
+            self._input_mark = self._bytes_received - partial
+        self._bytes_received += len(data)
         try:
             frames = decoder.receive_data(data)
         except ProtocolError as error:
@@ -444,7 +452,12 @@ class Peer(Generic[M]):
         self._admit(frames)
         # A full backlog alone does not pause: most peers have sent all they have in flight, and pausing costs two
         # system calls. What one more read brings is held.
-        if self._leftover or self.outbox.size > limits.max_outbox_bytes:
+        held = self._bytes_received - self._input_mark
+        if (
+            self._leftover
+            or self.outbox.size > limits.max_outbox_bytes
+            or (held > limits.max_input_bytes and self._backlog)
+        ):
             self._pause()
 
     def _admit(self, frames: list[bytes]) -> None:

@@ -51,6 +51,8 @@ class PeerLimits:
 
     Args:
         max_decoded: Messages queued or in hand, of one peer.
+        max_input_bytes: Input held of one peer before its socket is left unread: what came since no message of it was
+            queued or in hand. One read (64 KiB) and the frame that has begun may come on top.
         max_outbox_bytes: Output not yet taken by the kernel, of one peer.
         when_outbox_full: What becomes of messages sent (`Peer.send_nowait`, not replies) to a peer at that bound.
         first_frame_within: Seconds from the connection to its first complete frame.
@@ -65,6 +67,7 @@ class PeerLimits:
     """
 
     max_decoded: int = attrs.field(default=64, validator=_positive)
+    max_input_bytes: float = attrs.field(default=262144, validator=_positive)
     max_outbox_bytes: float = attrs.field(default=262144, validator=_positive)
     when_outbox_full: WhenFull = attrs.field(default=WhenFull.REFUSE, validator=attrs.validators.instance_of(WhenFull))
     first_frame_within: float = attrs.field(default=30.0, validator=_positive)

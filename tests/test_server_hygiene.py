@@ -17,6 +17,7 @@ from stagetrio.framing import LengthPrefixed
 from stagetrio.limiter import Overloaded
 from stagetrio.peer import Peer
 from stagetrio.rules import CloseReason, PeerLimits
+from stagetrio.transport import READ_SIZE
 
 
 @pytest.fixture(params=["tcp", "stream"])
@@ -147,6 +148,42 @@ async def test_a_full_outbox_refuses_and_send_waits_for_room(kind: str) -> None:
             await wait_all_tasks_blocked()
             await read()
         assert peers[0].statistics().outbox_bytes == 0
+
+
+async def test_what_is_held_of_a_peers_input_is_bounded(kind: str) -> None:
+    """While its message is in hand, a peer that sends on is read up to the bound and one read more, then served on."""
+    release = trio.Event()
+
+    async def handler(peer: Peer[bytes], message: bytes) -> bytes:
+        await release.wait()
+        return b"%d" % len(message)
+
+    framing = LengthPrefixed(20_000)
+    limits = PeerLimits(max_input_bytes=100_000)
+    async with serving(kind, handler, framing=framing, limits=limits) as running:
+        client = await running.connect()
+
+        async def send() -> None:
+            for _ in range(60):
+                await client.stream.send_all(framing.encode(bytes(20_000)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            while not (running.server.peers and running.server.peers[0].statistics().paused):
+                await trio.lowlevel.checkpoint()
+            await wait_all_tasks_blocked(0.01)
+            statistics = running.server.peers[0].statistics()
+            assert 100_000 < statistics.bytes_received <= 100_000 + READ_SIZE
+            assert statistics.backlog <= 8
+            release.set()
+            assert [await client.receive() for _ in range(60)] == [b"20000"] * 60
+            release = trio.Event()
+            await client.stream.send_all(framing.encode(bytes(20_000)) * 4)  # what was served counts no more
+            while running.server.peers[0].statistics().backlog < 4:
+                await trio.lowlevel.checkpoint()
+            assert not running.server.peers[0].statistics().paused
+            release.set()
+            assert [await client.receive() for _ in range(4)] == [b"20000"] * 4
 
 
 async def test_a_reader_that_does_not_read_is_cut_off(kind: str, autojump_clock: MockClock) -> None:
