@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from stagetrio.framing import LengthPrefixed as LengthPrefixed
     from stagetrio.framing import Lines as Lines
     from stagetrio.framing import ProtocolError as ProtocolError
+    from stagetrio.inflow import InputRates as InputRates
     from stagetrio.lease import LeaseLost as LeaseLost
     from stagetrio.limiter import FlowRateLimiter as FlowRateLimiter
     from stagetrio.limiter import Rate as Rate
@@ -81,6 +82,7 @@ _ROOMS = {
     "Failed": "codec",
     "FairQueue": "fair_queue",
     "FlowRateLimiter": "limiter",
+    "InputRates": "inflow",
     "LeaseLost": "lease",
     "LengthPrefixed": "framing",
     "Lines": "framing",

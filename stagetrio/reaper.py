@@ -5,8 +5,8 @@ is due at a time when the rule *could* first be broken, and looks then: either t
 could be broken next. Activity itself touches no timer. So a connection has at most one entry per rule, and each entry
 is looked at about once per period of its rule, however busy the connection is.
 
-Checks that fall into one tick of `TICK` seconds are made together at its end, which is how late one can be. Between
-them the reaper sleeps until the next one is due; nothing due, or nothing for long, costs nothing.
+Checks that fall into one tick (by default of `TICK` seconds) are made together at its end, which is how late one can
+be. Between them the reaper sleeps until the next one is due; nothing due, or nothing for long, costs nothing.
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ TICK = 0.25  # seconds
 class Reaper:
     """Calls checks when they are due.
 
+    Args:
+        tick: Seconds by which a check may be late, > 0.
+
     Cost: O(log n) per check, nothing in between; no task and no cancel scope per check.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tick: float = TICK) -> None:
+        self._tick = tick
         # [(time, serial, check)], a heap; a check returns the time of its next look, or inf
         self._due: list[tuple[float, int, Callable[[float], float]]] = []
         self._serial = count()
@@ -52,7 +56,7 @@ class Reaper:
         Checkpoints: always.
         """
         while True:
-            await trio.sleep(TICK)
+            await trio.sleep(self._tick)
             now = trio.current_time()
             while self._due and self._due[0][0] <= now:
                 self._call(now)

@@ -30,6 +30,7 @@ from stagetrio.exchange import Exchange, Handler, Item
 from stagetrio.fair_queue import FairQueue
 from stagetrio.framing import Framing, LengthPrefixed
 from stagetrio.hub import Hub
+from stagetrio.inflow import Inflow, InputRates
 from stagetrio.limiter import Overloaded
 from stagetrio.nursery_pool import NurseryPool, open_nursery_pool
 from stagetrio.pacer import Pacer
@@ -63,6 +64,8 @@ class ServerStatistics:
         closed: ``{reason: connections}`` that ended so.
         discarded: Messages dropped unhandled because their connection had ended.
         refused: Messages answered by a refusal.
+        throttled: Times a connection was left unread because its input came faster than ``input_rates``, and messages
+            refused for that.
         failed: Messages whose handler raised.
         undeliverable: Replies whose connection had ended, and handlers that ended in the attempt to send to it.
         dropped: Messages sent to peers whose outbox was full, and left out.
@@ -79,6 +82,7 @@ class ServerStatistics:
     closed: dict[CloseReason, int]
     discarded: int
     refused: int
+    throttled: int
     failed: int
     undeliverable: int
     dropped: int
@@ -102,6 +106,7 @@ class StageServer(Generic[M]):
         max_items: int,
         workers: int,
         max_running: int,
+        input_rates: InputRates | None,
         refuse: bool,
         flow: Callable[[Peer[M]], Hashable] | None,
         weight: Callable[[Any], float] | None,
@@ -149,6 +154,7 @@ class StageServer(Generic[M]):
         self._hub = Hub() if Hub.available else None
         self._pacer = Pacer(tick) if tick else None
         self._reaper = Reaper()
+        self._inflow = None if input_rates is None else Inflow(input_rates, Peer.advance)
         self._peers: dict[Peer[M], None] = {}
         self._in_want_of_room: dict[Peer[M], None] = {}  # first come, first served
         self._touched: list[Peer[Any]] = []
@@ -188,6 +194,7 @@ class StageServer(Generic[M]):
             closed=dict(self._closed),
             discarded=self._exchange.discarded,
             refused=self._exchange.refused,
+            throttled=0 if self._inflow is None else self._inflow.throttled,
             failed=self._exchange.failed,
             undeliverable=self._exchange.undeliverable,
             dropped=self._dropped + sum(peer.outbox.dropped for peer in self._peers),
@@ -251,6 +258,8 @@ class StageServer(Generic[M]):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._flush_when_touched if self._pacer is None else self._pacer.run)
                     nursery.start_soon(self._reaper.run)
+                    if self._inflow is not None:
+                        nursery.start_soon(self._inflow.run)
                     if self._hub is not None:
                         nursery.start_soon(self._hub.run)
                     await self._serve(listeners, started)
@@ -369,6 +378,27 @@ class StageServer(Generic[M]):
     # What a peer needs of its host.
 
     def admit(self, peer: Peer[Any], frames: list[bytes]) -> tuple[int, int]:
+        if self._inflow is None:
+            return self._enqueue(peer, frames)
+        passed = self._inflow.take(peer, frames)
+        queued, refused = self._enqueue(peer, frames[:passed]) if passed else (0, 0)
+        through = queued + refused
+        if through < passed or peer.closed:
+            self._inflow.give_back(peer, frames[through:passed])
+        elif passed < len(frames):
+            if self._refuse:
+                return queued, refused + self._refuse_for_rate(peer, self._inflow, frames[passed:])
+            self._inflow.wait(peer)
+        return queued, refused
+
+    def _refuse_for_rate(self, peer: Peer[Any], inflow: Inflow, frames: list[bytes]) -> int:
+        for frame in frames:
+            self._exchange.refuse(peer, frame, inflow.refusal(peer))
+            if peer.closed:
+                break
+        return len(frames)
+
+    def _enqueue(self, peer: Peer[Any], frames: list[bytes]) -> tuple[int, int]:
         queued: int = peer.channel.send_many_nowait([(peer, frame) for frame in frames])
         if queued == len(frames):
             return queued, 0
@@ -432,6 +462,8 @@ class StageServer(Generic[M]):
         del self._peers[peer]
         self._dropped += peer.outbox.dropped
         self._coalesced += peer.outbox.coalesced
+        if self._inflow is not None:
+            self._inflow.forget(peer)
         self._pool.cancel(peer, "the connection ended")
         if peer in self._turned_away:
             self._turned_away.remove(peer)
@@ -461,6 +493,7 @@ async def serve_stage(
     cost: Callable[[bytes], float] | None = None,
     workers: int = 100,
     max_running: int = 1,
+    input_rates: InputRates | None = None,
     max_items: int = 10_000,
     max_connections: float = 10_000,
     admission: Admission | None = None,
@@ -503,7 +536,9 @@ async def serve_stage(
         admission: Who may connect: how many per address, how fast, and a filter. By default everybody; who finds the
             server full is told to come back within 10 seconds.
         proxies: Who opens connections for others, and says for whom by a PROXY header. By default nobody.
-        refuse: Answer messages for which the queue has no room by a refusal, instead of leaving their socket unread.
+        input_rates: How many messages and bytes per second may come, of each connection and of all.
+        refuse: Answer messages for which the queue has no room, or which come faster than ``input_rates``, by a
+            refusal, instead of leaving their socket unread.
         max_handling: Seconds from a handler's first wait after which it is cancelled.
         watchdog: What forces handlers that hold the loop to a checkpoint. Read first who must not be forced:
             `stagetrio.watchdog`.
@@ -542,6 +577,7 @@ async def serve_stage(
         max_items=max_items,
         workers=workers,
         max_running=max_running,
+        input_rates=input_rates,
         refuse=refuse,
         flow=flow,
         weight=weight,

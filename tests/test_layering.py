@@ -82,6 +82,7 @@ FLOORS: dict[str, int | str] = {
     "sojourn": 2,
     "admission": 3,
     "tls": 3,
+    "inflow": 3,
     "proxies": 3,
     "nursery_pool": 3,
     "ticket": 3,

@@ -22,6 +22,7 @@ from stagetrio import (
     Delivery,
     FairQueue,
     FlowRateLimiter,
+    InputRates,
     LeaseLost,
     LengthPrefixed,
     Lines,
@@ -292,6 +293,8 @@ async def servers() -> None:
         await server.drain(5.0)
     await serve_stage(answer, listeners, framing=LengthPrefixed(1 << 16), codec=codec, flow=lambda peer: peer.address)
     await serve_stage(answer, listeners, codec=codec, proxies=Proxies(["10.0.0.0/8", "unix"], header_within=5))
+    rates = InputRates(message_rate=Rate(100), total_byte_rate=Rate(1e8), burst=0.5)
+    await serve_stage(answer, listeners, codec=codec, input_rates=rates, max_running=4, refuse=True)
 
 
 async def clients() -> None:
