@@ -11,7 +11,8 @@ job waits: a thread that could not run would only take a job out of its fair ord
 
 Each thread is hosted by a task in ``to_thread.run_sync``, since that is what makes Trio's ``from_thread`` functions
 work in its jobs. The host is cancelled to tell the thread's job to stop; that marks the thread, for good, as
-cancelled, so it ends with this job, and the next one gets a fresh thread (from Trio's cache: cheap).
+cancelled, so it ends with this job, and the next one gets a fresh thread (from Trio's cache: cheap). A host whose
+thread may be interrupted stays until that has come through.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ import attrs
 import trio
 
 from stagetrio.thread_worker import Mailbox, Thread, ThreadJob
+
+FIRST_INSIST = 0.005  # seconds until a job that was interrupted, and goes on, is interrupted again,
+MAX_INSIST = 1.0  # and then twice as long each time
 
 
 @attrs.frozen
@@ -52,6 +56,7 @@ class Crew:
         max_lost: Unable threads that are replaced, ≥ 0.
         max_running: Able threads that are awake at once and do not wait, ≥ 1.
         mailbox: What the threads take from and report to.
+        grace: Seconds for which jobs that may be interrupted are when the crew's nursery is cancelled, ≥ 0.
         on_cancelled: called when the nursery is cancelled from outside, so that nobody is there to host threads.
     """
 
@@ -63,6 +68,7 @@ class Crew:
         max_lost: float,
         max_running: float,
         mailbox: Mailbox,
+        grace: float,
         on_cancelled: Callable[[], object],
     ) -> None:
         self._max_running = max_running
@@ -70,6 +76,7 @@ class Crew:
         self._max_threads = max_threads
         self._max_lost = max_lost
         self._mailbox = mailbox
+        self._grace = grace
         self._threads: dict[Thread, None] = {}  # in the order in which they were started
         self._idle: list[Thread] = []  # the last to have worked is the first to work again
         self._seen: dict[Thread, tuple[int, float]] = {}  # at the last look: who was at its how-manieth job, since when
@@ -109,9 +116,19 @@ class Crew:
                 await trio.to_thread.run_sync(
                     thread.run, thread_name=f"stagetrio {number}", abandon_on_cancel=True, limiter=_no_limit
                 )
+            await self._insist(thread)
         except BaseException:
             self._on_cancelled()
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + self._grace):
+                if thread.able:
+                    await self._insist(thread)
             raise
+
+    async def _insist(self, thread: Thread) -> None:
+        seconds = FIRST_INSIST
+        while thread.insist():
+            await trio.sleep(seconds)
+            seconds = min(MAX_INSIST, 2 * seconds)
 
     def rest(self, thread: Thread) -> None:
         """Note that a thread found nothing to do."""

@@ -89,7 +89,7 @@ class Dispatch:
         self._backlog: Backlog[ThreadJob] = Backlog(queue)
         slots = RunSlots(int(max_running)) if max_running < max_threads else None
         self._mailbox = Mailbox(self._read_news, slots)
-        self.crew = Crew(max_threads, max_lost, max_running, self._mailbox, self.close)
+        self.crew = Crew(max_threads, max_lost, max_running, self._mailbox, grace, self.close)
         self.calls = OpenCalls("this pool of threads")
         self._in_hand = 0
         self._typical = AHEAD  # seconds, a running mean of what jobs take

@@ -18,14 +18,14 @@ other job. So whatever the cancellation has set in motion, a pending `JobInterru
 ``check_cancelled``, ends with the thread. A pending exception is cleared, under the lock, before the job is reported:
 the lines after that are out of its reach. So are those in which the job calls upon its worker (`Thread._mask`), since
 an exception between "took a run slot" and "noted it" would lose the slot for good: there it is owed, and raised at
-the end.
+the end. Not every exception arrives (``interruption.py``), so the task that hosts the thread insists (`Thread.insist`)
+while the job is ``current``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import ctypes
 import enum
 import threading
 from collections import deque
@@ -36,6 +36,7 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from stagetrio.calls import MAX_PROGRESS, Call
+from stagetrio.interruption import interrupt, take_back
 from stagetrio.jobs import JobInterrupted, bind
 from stagetrio.run_slots import RunSlots
 
@@ -180,8 +181,16 @@ class Thread:
             if not self.retired:
                 self.retired = True
                 self.scope.cancel("nobody waits for this job any more")
-                if job.interrupt:
-                    self._interrupt()
+                self._interrupt(job)
+            return True
+
+    def insist(self) -> bool:
+        """Interrupt the job again that was told to stop, in case it has not heard; False: there is none, or no more."""
+        with self.lock:
+            job = self.current
+            if job is None or not self.retired or not job.interrupt:
+                return False
+            self._interrupt(job)
             return True
 
     def give_up(self) -> None:
@@ -189,11 +198,13 @@ class Thread:
         self.able = False
         self._leave_slot()
 
-    def _interrupt(self) -> None:
+    def _interrupt(self, job: ThreadJob) -> None:
+        if not job.interrupt:
+            return
         if self._masked:
             self._owed = True
         else:
-            _raise_in(self._ident)
+            interrupt(self._ident, JobInterrupted, __file__)
 
     # All below runs in the thread.
 
@@ -220,6 +231,8 @@ class Thread:
         while job is not None:
             started = perf_counter()
             self._perform(job)
+            if self.current is not None:  # an interruption has come in the place of the last lines
+                self._out_of_reach(job)
             seconds = perf_counter() - started
             finished, job = job, None
             if slots is not None:
@@ -266,13 +279,13 @@ class Thread:
         with self.lock:
             self.current = None
             if self.retired and job.interrupt:
-                _take_back(self._ident)
+                take_back(self._ident, JobInterrupted)
 
     def _mask(self) -> None:
         with self.lock:
             self._masked = True
             if self.retired and self.current is not None and self.current.interrupt:
-                _take_back(self._ident)
+                take_back(self._ident, JobInterrupted)
                 self._owed = True
 
     def _unmask(self) -> None:
@@ -376,27 +389,3 @@ def _below(error: BaseException) -> Any:
     while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
         traceback = traceback.tb_next
     return traceback or error.__traceback__
-
-
-def _raise_in(ident: int) -> None:
-    """Have a `JobInterrupted` raised in a thread at its next bytecode, in the place of one that was not raised yet."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(JobInterrupted))
-
-
-def _take_back(ident: int) -> None:
-    """Leave no exception pending in the calling thread.
-
-    The interpreter's own way, to set none, leaves up to 3.12 the mark that one is pending on all threads for good:
-    every loop and every call looks for it from then on, and on 3.11 a function that is traced never gets beyond that.
-    So the one that may be pending is replaced by one that certainly is, and that is caught here.
-    """
-    try:
-        _raise_in(ident)
-        while True:
-            _look()
-    except JobInterrupted:
-        pass
-
-
-def _look() -> None:
-    """Return; where a function starts the interpreter looks for exceptions to be raised."""

@@ -43,6 +43,7 @@ FLOORS: dict[str, int | str] = {
     "stopping": 0,
     "turns": 0,
     "remote_output": 0,
+    "interruption": 0,
     "jobs": 0,
     "calls": 0,
     "run_slots": 0,

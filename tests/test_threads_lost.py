@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -219,6 +222,160 @@ async def test_a_computation_is_interrupted_where_its_caller_allowed_it() -> Non
         assert cleaned_up.is_set()
         assert (pool.statistics().stopped, pool.statistics().crew.abandoned) == (1, 0)
         assert await pool.call(len, "abc") == 3
+
+
+class Stay:
+    """A place in a job: it sets ``begun`` when it may be cancelled, ``there`` when it is to be interrupted again, and
+    computes until it is let go."""
+
+    def __init__(self) -> None:
+        self.begun, self.there, self.go = threading.Event(), threading.Event(), threading.Event()
+
+    def compute(self) -> None:
+        self.begun.set()
+        self.there.set()
+        while not self.go.is_set():
+            pass
+
+
+class Finalized:
+    """Its finalizer takes as long as its owner wants."""
+
+    def __init__(self, stay: Stay) -> None:
+        self._stay = stay
+
+    def __del__(self) -> None:
+        self._stay.compute()
+
+
+def endless() -> None:
+    """Compute, and nothing else."""
+    for _ in itertools.count():
+        pass
+
+
+async def interrupted_at(place: Callable[[Stay], object], clock: MockClock) -> None:
+    """Cancel an endless job while it is at a place, and see that it goes on until it is let go, and no longer."""
+    stay, ended = Stay(), threading.Event()
+
+    def job() -> None:
+        try:
+            place(stay)
+            endless()
+        finally:
+            ended.set()
+
+    async with open_thread_pool(1, grace=math.inf) as pool, trio.open_nursery() as nursery:
+        nursery.start_soon(partial(pool.call, job, interrupt=True))
+        await reached(stay.begun)
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await reached(stay.there)
+            for _ in range(5):
+                await wait_all_tasks_blocked()
+                clock.jump(2)
+            assert not ended.is_set()
+            stay.go.set()
+            while not ended.is_set():
+                clock.jump(2)
+                await trio.lowlevel.checkpoint()
+
+
+async def test_an_interruption_is_not_lost_in_a_finalizer(mock_clock: MockClock) -> None:
+    """It is held back there, where it would be printed and dropped (a warning is an error here), and comes later."""
+    await interrupted_at(lambda stay: Finalized(stay) and None, mock_clock)
+
+
+async def test_an_interruption_is_not_lost_while_a_weak_reference_goes(mock_clock: MockClock) -> None:
+    """Nor in what is to be done when an object is gone."""
+
+    def place(stay: Stay) -> None:
+        weakref.finalize(Deaf(), stay.compute)
+
+    await interrupted_at(place, mock_clock)
+
+
+async def test_an_interruption_is_not_lost_in_a_generator_that_is_closed(mock_clock: MockClock) -> None:
+    """The garbage collector closes it, and drops what is raised there."""
+
+    def generator(stay: Stay) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            stay.compute()
+
+    await interrupted_at(lambda stay: next(generator(stay)), mock_clock)
+
+
+async def test_an_interruption_that_was_swallowed_comes_again(mock_clock: MockClock) -> None:
+    """As long as the job goes on."""
+    begun, swallowed, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def job() -> None:
+        try:
+            try:
+                begun.set()
+                endless()
+            except JobInterrupted:
+                swallowed.set()
+            endless()
+        finally:
+            ended.set()
+
+    async with open_thread_pool(1, grace=math.inf) as pool, trio.open_nursery() as nursery:
+        nursery.start_soon(partial(pool.call, job, interrupt=True))
+        await reached(begun)
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await reached(swallowed)
+            while not ended.is_set():
+                mock_clock.jump(2)
+                await trio.lowlevel.checkpoint()
+
+
+async def test_cleaning_up_after_an_interruption_is_not_interrupted(mock_clock: MockClock) -> None:
+    """However long it takes, and whatever it calls and catches."""
+    cleaned_up = threading.Event()
+
+    def place(stay: Stay) -> None:
+        try:
+            stay.begun.set()
+            endless()
+        finally:
+            try:
+                raise ValueError
+            except ValueError:
+                stay.compute()
+            cleaned_up.set()
+
+    await interrupted_at(place, mock_clock)
+    assert cleaned_up.is_set()
+
+
+async def test_a_pool_left_by_an_exception_insists_too() -> None:
+    """A job that is in a finalizer when its pool is left does not compute for ever."""
+    stay, ended = Stay(), threading.Event()
+
+    def job() -> None:
+        try:
+            Finalized(stay)
+            endless()
+        finally:
+            ended.set()
+
+    async with trio.open_nursery() as nursery:
+        with pytest.RaisesGroup(pytest.RaisesExc(ValueError, match="owner")):
+            async with open_thread_pool(1, grace=20) as pool:
+
+                async def call() -> None:
+                    with pytest.raises(WorkerLost):
+                        await pool.call(job, interrupt=True)
+                    stay.go.set()
+
+                nursery.start_soon(call)
+                await reached(stay.begun)
+                raise ValueError("owner")
+    assert ended.is_set()
 
 
 def test_an_interruption_leaves_no_mark_on_the_interpreter() -> None:
