@@ -127,7 +127,7 @@ class FairOrder(Filing[F, T]):
                 self.settle(delivery._record, delivery.declared, delivery._estimate, delivery.declared)
             return [delivery.item for delivery in taken]
         if self.woken:
-            if not self._filed and len(self.woken) == 1 and self.woken[0].rest is None and not self._holds:
+            if not self._filed and len(self.woken) == 1 and self.woken[0].rest is None and not self._held:
                 return [self._take_lone(self.woken.pop())]
             self.file_woken()
         rank = self._newcomers

@@ -117,12 +117,13 @@ class FairQueue(Generic[F, T]):
 
     def _make_sojourn(self) -> Sojourn[F, T]:
         order = self._order
+        classes = [order] if isinstance(order, FairOrder) else order.codel
         return Sojourn(
             order,
             codel=(lambda _: self._codel)
             if isinstance(order, FairOrder)
             else lambda each: order.codel[each] or self._codel,
-            longest=Longest() if self._intake.evicts else None,
+            longest={each: Longest() for each in classes} if self._intake.evicts else {},
             on_drop=self._drop,
             on_shed=self._on_shed,
         )

@@ -53,7 +53,7 @@ class Filing(Generic[F, T]):
         self.virtual_time = 0.0
         self.work = 0.0  # booked in all, not normalised
         self._mark = 0.0  # and when virtual time moved last
-        self._holds = 0  # calls of hold not undone yet
+        self._held: set[Flow[F, T]] = set()
         self._filed = 0  # flows with items, not counting the woken
         self.in_hand = 0  # deliveries taken and not settled
         self.abandoned: deque[tuple[Flow[F, T], float, float]] = deque()  # filled by finalizers, in any thread
@@ -62,6 +62,12 @@ class Filing(Generic[F, T]):
     def backlogged(self) -> int:
         """The number of flows with items."""
         return self._filed + len(self.woken)
+
+    @property
+    def servable(self) -> int:
+        """The number of flows with items that are not held."""
+        held = sum(record.first is not EMPTY for record in self._held) if self._held else 0
+        return self._filed + len(self.woken) - held
 
     @property
     def lost(self) -> int:
@@ -102,7 +108,7 @@ class Filing(Generic[F, T]):
         """Give the flows that have got a first item their places. Whatever looks at the places does this first."""
         woken, rank, now = self.woken, self._newcomers, self.virtual_time
         self._filed += len(woken)
-        if self._by_size or self.in_hand or self._holds:
+        if self._by_size or self.in_hand or self._held:
             for record in woken:
                 if not record.held:
                     self._enter(record)
@@ -208,7 +214,7 @@ class Filing(Generic[F, T]):
         if self.woken:
             self.file_woken()
         record.held += 1
-        self._holds += 1
+        self._held.add(record)
         self._leave(record)
 
     def resume(self, record: Flow[F, T]) -> bool:
@@ -218,8 +224,10 @@ class Filing(Generic[F, T]):
         if self.woken:
             self.file_woken()
         record.held -= 1
-        self._holds -= 1
-        if record.held or record.first is EMPTY:
+        if record.held:
+            return False
+        self._held.remove(record)
+        if record.first is EMPTY:
             return False
         self._enter(record)
         return True

@@ -75,6 +75,7 @@ class Outlet(Generic[F, T]):
         self.take_items: Take = order.take_items
         self.take_deliveries: Take = order.take
         self._singly = (self.take_items, 1)  # how `receive` waits
+        self._shedding: dict[Take, Take] = {}  # {how the order is taken from: the same through the sojourn}
         self.sojourn: Sojourn[F, T] | None = None
 
     @property
@@ -88,11 +89,11 @@ class Outlet(Generic[F, T]):
         if self.sojourn is not None:
             return
         sojourn = self.sojourn = self._make_sojourn()
-        now_as = {self.take_items: sojourn.take_items, self.take_deliveries: sojourn.take}
+        self._shedding = {self.take_items: sojourn.take_items, self.take_deliveries: sojourn.take}
         self.take_items, self.take_deliveries = sojourn.take_items, sojourn.take
         self._singly = (self.take_items, 1)
         for task, (take, max_items) in self._receivers.items():
-            self._receivers[task] = (now_as.get(take, take), max_items)
+            self._receivers[task] = (self._shedding.get(take, take), max_items)
         self._intake.go_slow(sojourn)
 
     def count(self, taken: int) -> None:
@@ -142,8 +143,8 @@ class Outlet(Generic[F, T]):
                 self.count(len(more))
                 if intake.drained == before:
                     break
-                if not more:
-                    break
+                if taken and self.sojourn is not None:
+                    break  # to shed more might raise, by ``on_shed``, and would lose what is in hand
                 if intake.waiting:
                     intake.let_in(served)
         finally:
@@ -219,6 +220,7 @@ class Outlet(Generic[F, T]):
             if max_items == 1:
                 return [item]
             self._collecting -= max_items
+            take = self._shedding.get(take, take)  # an item with a deadline may have come meanwhile
             taken = self._taken(take, max_items)
             if self._receivers:
                 self.hand_over()

@@ -13,7 +13,8 @@ is taken. Three things end an item's wait:
   exceeds it is shed, the oldest first, until what is left is fresh. So the work done is done on items whose clients are
   still there. The last item of a class is never shed for its age: shedding must not make a worker idle.
 - *eviction*: the queue is full, and a flow that holds less than the longest one sends. The longest flow's newest item
-  goes, as if it had been refused in the first place.
+  goes, as if it had been refused in the first place. Classes that are served later give way first, whatever their
+  longest flow holds, those that are served before never. Nobody's only item is evicted.
 
 With ``newest_first`` an overloaded class is served from its newest items on (adaptive LIFO): who has just come is
 served at once, who has waited long will not be, and is shed after ``interval``.
@@ -76,7 +77,7 @@ class Class(Protocol):
     """Flows that are overloaded together: the order they are in."""
 
     @property
-    def backlogged(self) -> int: ...
+    def servable(self) -> int: ...
 
     def drop(self, record: Flow[Any, Any]) -> Any: ...
 
@@ -97,7 +98,8 @@ class Sojourn(Generic[F, T]):
     Args:
         order: The order.
         codel: What holds for a class; None: nothing.
-        longest: What finds the longest flow, where that gives way when the queue is full; None: none does.
+        longest: What finds the longest flow of each class, the class that is served first first, where that gives way
+            when the queue is full; empty: none does.
         on_drop: Called when an item has left the queue unserved.
         on_shed: Called with such an item and the reason: ``"deadline"``, ``"sojourn"`` or ``"evicted"``.
     """
@@ -107,7 +109,7 @@ class Sojourn(Generic[F, T]):
         order: Served,
         *,
         codel: Callable[[Any], CoDel | None],
-        longest: Longest | None,
+        longest: dict[Any, Longest],
         on_drop: Callable[[], None],
         on_shed: OnShed | None,
     ) -> None:
@@ -121,19 +123,23 @@ class Sojourn(Generic[F, T]):
     def stamp(self, record: Flow[F, T], item: T, deadline: float) -> Stamped[T]:
         """Return the item as it is to be queued, at once, in its flow."""
         moment = now()
-        if not record.order.backlogged or record.order not in self._busy_since:
+        if not record.order.servable or record.order not in self._busy_since:
             self._busy_since[record.order] = moment
-        if self._longest is not None:
-            self._longest.grown(record)
+        if self._longest:
+            self._longest[record.order].grown(record)
         return Stamped(item, moment, deadline)
 
     def make_room(self, record: Flow[F, T]) -> bool:
-        """Shed an item of the longest flow, if that is longer than the one that sends; tell whether it was."""
-        longest = None if self._longest is None else self._longest.find()
-        if longest is None or len(longest) <= len(record) + 1:
-            return False
-        self._shed(longest.pop_newest(), "evicted")
-        return True
+        """Shed an item of the longest flow that gives way to the one that sends, if any does; tell whether one was."""
+        for each in reversed(self._longest):
+            mine = each is record.order
+            longest = self._longest[each].find()
+            if longest is not None and (not mine or len(longest) > len(record) + 1):
+                self._shed(longest.pop_newest(), "evicted")
+                return True
+            if mine:
+                break
+        return False
 
     def _shed(self, item: Any, reason: str) -> None:
         self._on_drop()
@@ -158,7 +164,7 @@ class Sojourn(Generic[F, T]):
             reason = "deadline" if stamped.deadline <= moment else None
             if codel is not None and reason is None:
                 limit = codel.target if overloaded and not codel.newest_first else codel.interval
-                if moment - stamped.arrived > limit and (record.rest or record.order.backlogged > 1):
+                if moment - stamped.arrived > limit and (record.rest or record.order.servable > 1):
                     reason = "sojourn"
             if reason is not None:
                 if not nothing_in_hand:
