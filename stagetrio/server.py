@@ -137,6 +137,7 @@ class StageServer(Generic[M]):
         self._on_error = on_error
         self._on_connect = on_connect
         self._on_disconnect = on_disconnect
+        self._hub = Hub() if Hub.available else None
         self._queue: FairQueue[Any, Item] = FairQueue(max_items, weight=weight)
         self._stage = Stage(
             self._exchange.serve,
@@ -150,8 +151,8 @@ class StageServer(Generic[M]):
             watchdog=watchdog,
             budget=budget,
             cost=None if cost is None else lambda item: cost(item[1]),
+            source=self._hub,
         )
-        self._hub = Hub() if Hub.available else None
         self._pacer = Pacer(tick) if tick else None
         self._reaper = Reaper()
         self._inflow = None if input_rates is None else Inflow(input_rates, Peer.advance)
@@ -260,8 +261,6 @@ class StageServer(Generic[M]):
                     nursery.start_soon(self._reaper.run)
                     if self._inflow is not None:
                         nursery.start_soon(self._inflow.run)
-                    if self._hub is not None:
-                        nursery.start_soon(self._hub.run)
                     await self._serve(listeners, started)
                     nursery.cancel_scope.cancel()
         finally:
@@ -280,6 +279,7 @@ class StageServer(Generic[M]):
                     started(self)
                     await self._emptied.wait()
                     self._queue.close()
+                    self._wake_leader()
             finally:
                 for peer in self.peers:
                     peer.abort(CloseReason.DRAINED)
@@ -375,6 +375,10 @@ class StageServer(Generic[M]):
             await wait_task_rescheduled(abort)
             self._flush()
 
+    def _wake_leader(self) -> None:
+        if self._hub is not None:
+            self._hub.wake()
+
     # What a peer needs of its host.
 
     def admit(self, peer: Peer[Any], frames: list[bytes]) -> tuple[int, int]:
@@ -399,6 +403,7 @@ class StageServer(Generic[M]):
         return len(frames)
 
     def _enqueue(self, peer: Peer[Any], frames: list[bytes]) -> tuple[int, int]:
+        self._wake_leader()
         queued: int = peer.channel.send_many_nowait([(peer, frame) for frame in frames])
         if queued == len(frames):
             return queued, 0

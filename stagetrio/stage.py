@@ -20,6 +20,9 @@ handlers all wait runs ``workers`` of them at once.
   was parked, so a key in hand occupies one worker however much is waiting for it. A handler that does not wait cannot
   overlap another one, so it needs no key, and the common path touches no table. With ``overlap`` a key is in hand under
   as many places; what is parked waits for whichever of them is free first.
+- With a source, the leader waits for the source and not for the queue: what reads the sockets and what serves their
+  messages is one task. Since the source must be looked after even while all workers are occupied, there is then one
+  more, which leads without beginning handlers until one of them has ended.
 - With a watchdog, each worker has a lane: a stack of its own on which handlers may be forced to a checkpoint. A handler
   that is made to wait for its turn there is occupied like any other that waits, and the leader's role passes on.
 - A worker runs inside one cancel scope for as long as nothing cancels it. A handler that is to be cancelled alone
@@ -39,7 +42,7 @@ from collections.abc import Callable, Coroutine, Hashable, Sequence
 from functools import partial
 from math import inf
 from time import perf_counter
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import attrs
 import trio
@@ -61,6 +64,19 @@ RUN = 50e-6  # seconds of estimated work taken from one flow at once
 MAX_PARKED = 64  # messages parked behind one key in hand
 
 
+class Source(Protocol):
+    """What brings items to the queue when the leader looks after it, between its slices and instead of waiting."""
+
+    def poll(self) -> object:
+        """Queue what there is, without waiting."""
+
+    async def wait(self) -> None:
+        """Wait until there is something to `poll`, or until `wake` was called after the last one."""
+
+    def wake(self) -> None:
+        """Let the leader look at the queue."""
+
+
 @attrs.frozen
 class StageStatistics:
     """What a stage has done and is doing.
@@ -72,7 +88,7 @@ class StageStatistics:
         cancelled: Messages whose handler was cancelled by `Stage.cancel`.
         occupied: Handlers that are waiting for something now.
         parked: Messages waiting now behind a key in hand.
-        workers: Worker tasks now, occupied or not.
+        workers: Worker tasks now, occupied or not; with a source one more than may be occupied.
         queue: The statistics of the queue.
     """
 
@@ -104,6 +120,8 @@ class Stage(Generic[T]):
             handler raises `trio.TooSlowError`, one past its budget `BudgetExceeded`.
         after_slice: Called when the leader is about to let others run: the place to write what the slice produced.
         max_handling: Seconds from a handler's first wait after which it is cancelled.
+        source: What the leader waits for instead of waiting for the queue, and lets bring items to it. Whoever else
+            sends to the queue, resumes a flow of it or closes it calls `Source.wake`.
 
     Raises:
         ValueError: ``workers``, ``max_handling`` or ``budget`` is out of range.
@@ -124,6 +142,7 @@ class Stage(Generic[T]):
         on_error: Callable[[T, Exception], None] | None = None,
         after_slice: Callable[[], None] | None = None,
         max_handling: float = inf,
+        source: Source | None = None,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers must be at least 1, not {workers!r}")
@@ -150,6 +169,7 @@ class Stage(Generic[T]):
         self._on_error = on_error
         self._after_slice = after_slice or (lambda: None)
         self._max_handling = max_handling
+        self._source = source
         self._nursery: trio.Nursery | None = None
         self._workers = 0
         self._idle: dict[Task, None] = {}  # followers, the most recently parked last
@@ -246,7 +266,7 @@ class Stage(Generic[T]):
         self.serving = False
         if self._idle:
             reschedule(self._idle.popitem()[0])
-        elif self._workers < self._max_workers:
+        elif self._workers < self._max_workers + (self._source is not None):  # one watches while all are occupied
             self._start_worker()
         else:
             self._after_slice()
@@ -261,21 +281,62 @@ class Stage(Generic[T]):
         """Take and serve until this worker has handed over or the queue has ended."""
         self._leader = worker
         try:
-            while self._leader is worker:
-                if not self._batch:
-                    self._after_slice()
-                    self._batch = [await self._queue.receive_run(self._quantum)]
-                self.serving = True
-                drained = await self._serve_slice(worker)
-                self.serving = False
-                if self._leader is worker and not drained:  # else waiting for the queue lets the others run
-                    self._after_slice()
-                    await trio.lowlevel.checkpoint()
-        except trio.EndOfChannel:
-            self._end()
+            if self._source is None:
+                await self._lead_from_queue(worker)
+            else:
+                await self._lead_from_source(worker, self._source)
         finally:
             if self._leader is worker:
                 self._leader = None
+
+    async def _lead_from_queue(self, worker: Worker[T]) -> None:
+        while True:
+            if not self._batch:
+                self._after_slice()
+                try:
+                    self._batch = [await self._queue.receive_run(self._quantum)]
+                except trio.EndOfChannel:
+                    self._end()
+                    return
+            self.serving = True
+            drained = await self._serve_slice(worker)
+            if self._leader is not worker:
+                return
+            self.serving = False
+            if not drained:  # else waiting for the queue lets the others run
+                self._after_slice()
+                await trio.lowlevel.checkpoint()
+
+    async def _lead_from_source(self, worker: Worker[T], source: Source) -> None:
+        while True:
+            self.serving = True
+            source.poll()
+            drained = not self._fetch() or await self._serve_slice(worker)
+            if self._leader is not worker:
+                return
+            self.serving = False
+            self._after_slice()
+            if self._ended:
+                return
+            if drained:
+                await source.wait()
+            else:
+                await trio.lowlevel.checkpoint()
+
+    def _fetch(self) -> bool:
+        """Have a batch to serve, if there is anything and the leader may serve it."""
+        if self._occupied >= self._max_workers:
+            return False
+        if not self._batch:
+            try:
+                self._batch = self._queue.receive_runs_nowait(BATCH, self._quantum)
+            except trio.WouldBlock:
+                return False
+            except trio.EndOfChannel:
+                self._end()
+                return False
+            self._batch.reverse()
+        return True
 
     async def _serve_slice(self, worker: Worker[T]) -> bool:
         """Serve the batch, and more from the queue while the slice lasts, or until a handler has waited.
@@ -419,6 +480,8 @@ class Stage(Generic[T]):
         del self._in_hand[worker.key]
         for flow in worker.held:
             self._queue.resume(flow)
+        if self._source is not None and (worker.held or self._occupied == self._max_workers):
+            self._source.wake()
         worker.held.clear()
         worker.occupied = False
         self._occupied -= 1

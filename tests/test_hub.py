@@ -22,12 +22,18 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield one, other
 
 
+async def call_back(hub: Hub) -> None:
+    while True:
+        await hub.wait()
+        hub.poll()
+
+
 @pytest.fixture
 async def hub() -> AsyncIterator[Hub]:
     """A hub that runs until the test ends."""
     hub = Hub()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(hub.run)
+        nursery.start_soon(call_back, hub)
         yield hub
         nursery.cancel_scope.cancel()
     hub.close()

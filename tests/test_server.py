@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 from functools import partial
 from math import inf
 from typing import Any
@@ -13,7 +15,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from stagetrio.codec import Closed, Done
 from stagetrio.peer import Peer
-from stagetrio.rules import CloseReason
+from stagetrio.rules import CloseReason, PeerLimits
 from stagetrio.server import serve_stage
 from stagetrio.sockets import TcpAddress, UnixAddress, address_of, connect, open_listeners
 from stagetrio.watchdog import open_watchdog
@@ -383,3 +385,45 @@ async def test_flows_share_by_their_weights(kind: str) -> None:
         while len(served) < 120:
             await trio.lowlevel.checkpoint()
         assert 28 <= served[:40].count(b"heavy") <= 32
+
+
+async def test_sockets_are_looked_after_while_every_worker_is_occupied() -> None:
+    """With its one worker in a handler that waits, the server still sees its peer reset, and then serves the next."""
+
+    async def handler(peer: Peer[bytes], message: bytes) -> bytes:
+        if message == b"hang":
+            await trio.sleep_forever()
+        return message
+
+    async with serving("tcp", handler, workers=1, cancel_on_disconnect=True) as running:
+        stuck, other = await running.connect(), await running.connect()
+        await stuck.send(b"hang")
+        while not running.server.statistics().stage.occupied:
+            await trio.lowlevel.checkpoint()
+        await other.send(b"hello")
+        await wait_all_tasks_blocked(0.01)
+        assert running.server.statistics().stage.queue.items == 1
+        stuck.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await trio.aclose_forcefully(stuck.stream)
+        with trio.fail_after(20):
+            assert await other.receive() == b"hello"
+
+
+async def test_what_was_held_behind_a_handler_is_served_when_it_ends(kind: str) -> None:
+    """Messages beyond those parked behind the one in hand stay in the queue, and come out of it in their turn."""
+    proceed = trio.Event()
+
+    async def handler(peer: Peer[bytes], message: bytes) -> bytes:
+        await proceed.wait()
+        return message
+
+    payloads = [b"%d" % i for i in range(150)]
+    async with serving(kind, handler, limits=PeerLimits(max_decoded=1000)) as running:
+        client = await running.connect()
+        await client.send(*payloads)
+        while running.server.statistics().stage.queue.items < 80:
+            await trio.lowlevel.checkpoint()
+        await wait_all_tasks_blocked(0.01)
+        proceed.set()
+        with trio.fail_after(20):
+            assert [await client.receive() for _ in payloads] == payloads

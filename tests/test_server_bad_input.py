@@ -14,7 +14,7 @@ from stagetrio.codec import Closed, Failed, Refused
 from stagetrio.framing import LengthPrefixed
 from stagetrio.limiter import Overloaded
 from stagetrio.peer import Peer
-from stagetrio.rules import CloseReason
+from stagetrio.rules import CloseReason, PeerLimits
 from stagetrio.watchdog import BudgetExceeded, open_watchdog
 
 
@@ -196,7 +196,10 @@ async def test_ten_thousand_messages_to_a_full_queue_are_refused_with_a_reason(k
         await proceed.wait()
         return message
 
-    async with serving(kind, handler, codec=CODEC, max_items=20, workers=2, refuse=True) as running:
+    # More than the queue and what is parked behind the message in hand take, else the socket is left unread.
+    limits = PeerLimits(max_decoded=1000)
+    options = {"codec": CODEC, "max_items": 20, "workers": 2, "refuse": True, "limits": limits}
+    async with serving(kind, handler, **options) as running:
         client, polite = await running.connect(), await running.connect()
         answers: dict[int | None, Any] = {}
 
