@@ -25,7 +25,7 @@ import attrs
 import cattrs
 import msgspec
 
-from stagetrio.codec import UNFIT, WireType, why_unfit, wire_type
+from stagetrio.codec import UNFIT, WireType, strict_converter, why_unfit, wire_type
 from stagetrio.failures import Failures
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -68,7 +68,7 @@ class Procedure:
             hints = typing.get_type_hints(inner, include_extras=True)
         except NameError as error:
             raise TypeError(f"the annotations of procedure {name!r} cannot be resolved: {error}") from None
-        converter = cattrs.Converter() if converter is None else converter
+        converter = strict_converter() if converter is None else converter
         parameters = self.signature.parameters
         self._types = {name: self._type_of(name, hints.get(name, Any), converter) for name in parameters}
         self._readers = {name: _reader(type) for name, type in self._types.items()}
@@ -252,12 +252,11 @@ class Procedures:
     is being served.
 
     Args:
-        converter: A cattrs converter for the types that need one; the default knows attrs classes, enums and the usual
-            containers.
+        converter: A cattrs converter for the types that need one; the default as for `stagetrio.codec.Codec`.
     """
 
     def __init__(self, *, converter: cattrs.Converter | None = None) -> None:
-        self._converter = cattrs.Converter() if converter is None else converter
+        self._converter = strict_converter() if converter is None else converter
         self._by_name: dict[str, Procedure] = {}
         self.tally = Tally()
         logger = logging.getLogger("stagetrio.remote")
