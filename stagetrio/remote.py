@@ -36,7 +36,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import trio
 
 from stagetrio.procedures import Procedures, ProceduresStatistics
-from stagetrio.remote_hello import Unwelcome, receive_hello, say_bye, say_welcome
+from stagetrio.remote_hello import Unwelcome, check_token, receive_hello, say_bye, say_welcome
 from stagetrio.remote_link import Link, Remote, RemoteStatistics, RemoteStream
 from stagetrio.remote_serving import ServedConnection
 from stagetrio.remote_wire import RemoteError, WorkerLost, check_bounds
@@ -88,17 +88,18 @@ async def serve_remote_stream(
     Args:
         procedures: What may be called.
         stream: The connection; closed at the end.
-        token: What the other side has to know; None: nothing.
+        token: What the other side has to know, up to 4,000 bytes; None: nothing.
         max_in_flight: Requests in hand at a time which did not end in their first step; more are refused.
         max_running: The same bound for all connections of these procedures together.
         max_frame_bytes: The longest request; ≥ 1024.
         max_buffered_bytes: Answers collected for a caller that does not read; beyond it, no request of it is looked at.
 
     Raises:
-        ValueError: A bound makes no sense.
+        ValueError, TypeError: A bound or the token makes no sense.
 
     Checkpoints: yes; a cancellation cancels what is in hand.
     """
+    check_token(token)
     _check_serving_bounds(max_in_flight, max_running, max_frame_bytes, max_buffered_bytes)
     procedures.tally.connections += 1
     try:
@@ -150,11 +151,12 @@ async def serve_remote(
         task_status: Reports the listeners as soon as they are being served.
 
     Raises:
-        ValueError: A bound makes no sense.
+        ValueError, TypeError: A bound or the token makes no sense.
 
     Checkpoints: yes.
     """
     check_bounds(max_connections=max_connections)
+    check_token(token)
     _check_serving_bounds(max_in_flight, max_running, max_frame_bytes, max_buffered_bytes)
     connected = 0
 
@@ -194,6 +196,7 @@ async def _open(
     *,
     reopens: bool,
 ) -> AsyncIterator[Remote]:
+    check_token(token)
     check_bounds(max_frame_bytes=max_frame_bytes, max_buffered_bytes=max_buffered_bytes)
     # The tasks behind a connection never raise, so what comes out of the nursery is what the block raised, and it
     # leaves as itself, not in a group.
@@ -238,7 +241,7 @@ def open_remote_stream(
 
     Raises:
         WorkerLost: The other side does not want this caller, or does not answer.
-        ValueError: A bound makes no sense.
+        ValueError, TypeError: A bound or the token makes no sense.
 
     Checkpoints: on entry and on exit. Whoever still calls when the block is left gets ``trio.ClosedResourceError``.
     """
@@ -271,7 +274,7 @@ def open_remote(
     Raises:
         OSError: Nobody is there.
         WorkerLost: Whoever is there does not want this caller, or does not answer.
-        ValueError: The address or a bound makes no sense.
+        ValueError, TypeError: The address, a bound or the token makes no sense.
 
     Checkpoints: on entry and on exit. Whoever still calls when the block is left gets ``trio.ClosedResourceError``.
     """

@@ -20,11 +20,29 @@ from stagetrio.remote_wire import WorkerLost
 
 HELLO_SECONDS = 10.0
 GOODBYE_SECONDS = 1.0  # for the last words of a connection
+MAX_TOKEN_BYTES = wire.HELLO_BYTES - 64  # what else is in a hello takes less
 _hellos = LengthPrefixed(wire.HELLO_BYTES)
 
 
 class Unwelcome(Exception):
     """Somebody connected who may not call, or makes no sense; the message is meant for them."""
+
+
+def check_token(token: object) -> None:
+    """Refuse what cannot be a token, without telling what it is.
+
+    Raises:
+        TypeError: It is neither a str nor None.
+        ValueError: It is empty, which everybody knows, or longer than a caller could say.
+    """
+    if token is None:
+        return
+    if not isinstance(token, str):
+        raise TypeError(f"token must be a str or None, not {type(token).__name__}")
+    if not 0 < len(_bytes_of(token)) <= MAX_TOKEN_BYTES:
+        raise ValueError(
+            f"token must have 1 to {MAX_TOKEN_BYTES} bytes, not {len(_bytes_of(token))}; None asks for none"
+        )
 
 
 async def receive_hello(stream: trio.abc.Stream, token: str | None) -> wire.Hello:

@@ -45,7 +45,8 @@ class Replies:
             frame = self._frame(wire.encode((1, request.id, value)))
         except Exception as error:  # whatever the codec finds in it
             self._tally.raised += 1
-            self._raised(request.id, type(error).__name__, f"the result of {procedure.name!r} cannot be sent: {error}")
+            said = f"the result of {procedure.name!r} cannot be sent: {_message_of(error)}"
+            self._raised(request.id, type(error).__name__, said)
             return
         self._tally.returned += 1
         self._reply(frame)
@@ -69,7 +70,7 @@ class Replies:
             self._procedures.failures.record(error)  # or nobody would ever see it
         kind = type(error)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-        self._raised(request.id, name, str(error), _text_of(error))
+        self._raised(request.id, name, _message_of(error), _text_of(error))
 
     def cancelled(self, id: int, *, by_caller: bool) -> None:
         """Answer that the caller, or its deadline, has cancelled it."""
@@ -87,14 +88,15 @@ class Replies:
     def refused(self, id: int, refusal: Overloaded) -> None:
         """Answer that it met a bound."""
         self._tally.refused += 1
-        self._reply(self._frame(wire.encode((4, id, refusal.reason[:_MESSAGE_CHARACTERS], refusal.retry_after))))
+        retry_after = refusal.retry_after if refusal.retry_after >= 0 else 0.0  # a procedure may raise any nonsense
+        self._reply(self._frame(wire.encode((4, id, _sendable(refusal.reason), retry_after))))
 
     def bye(self, reason: str) -> None:
         """Say why the connection ends."""
-        self._output.add(self._frame(wire.encode((5, reason[:_MESSAGE_CHARACTERS]))))
+        self._output.add(self._frame(wire.encode((5, _sendable(reason)))))
 
     def _raised(self, id: int, type_name: str, message: str, text: str = "") -> None:
-        message = message[:_MESSAGE_CHARACTERS].encode(errors="replace").decode()
+        message = _sendable(message)
         try:
             frame = self._frame(wire.encode((3, id, type_name, message, text)))
         except ValueError:  # it does not fit into the caller's frames
@@ -105,6 +107,17 @@ class Replies:
         if not self.wanted:
             self._tally.undeliverable += 1
         self._output.add(frame)
+
+
+def _sendable(words: str) -> str:
+    return words[:_MESSAGE_CHARACTERS].encode(errors="replace").decode()
+
+
+def _message_of(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # its own ``__str__`` raises
+        return "(its text cannot be had)"
 
 
 def _text_of(error: BaseException) -> str:

@@ -335,12 +335,13 @@ class ServedConnection:
 
     def _step(self, work: _Work, scope: trio.CancelScope) -> bool:
         """Take the first step of a request; answer if that was all; whether it has blocked."""
-        procedure, coroutine = work.procedure, self._coroutine(work)
+        procedure = work.procedure
         work.scope = scope
         if work.deadline != math.inf:
             scope.deadline = work.deadline
         context = self._context.copy()
         try:
+            coroutine = self._coroutine(work)
             trap = context.run(coroutine.send, None)
         except StopIteration as stop:
             self._replies.returned(work.request, procedure, stop.value)

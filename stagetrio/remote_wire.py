@@ -33,6 +33,7 @@ what is not known there is ignored.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
@@ -199,8 +200,11 @@ def check_bounds(**bounds: float) -> None:
 
     Raises:
         ValueError: One of them is out of range; named, with its value.
+        TypeError: One of them is not a whole number.
     """
     for name, value in bounds.items():
         least = MIN_FRAME_BYTES if name == "max_frame_bytes" else 1
+        if isinstance(value, bool) or not (isinstance(value, int) or value == math.inf):
+            raise TypeError(f"{name} must be an int, not {value!r}")
         if not least <= value < 2**31:
             raise ValueError(f"{name} must be at least {least} and below 2**31, not {value!r}")

@@ -270,8 +270,6 @@ async def open_remote_workers(
     Checkpoints: on entry and on exit. Whoever still calls when the block is left gets ``trio.ClosedResourceError``.
     Cost: 0.3 s and 40 MB per worker.
     """
-    if isinstance(processes, bool) or not isinstance(processes, int):
-        raise TypeError(f"processes must be an int, not {processes!r}")
     check_bounds(
         processes=processes,
         max_in_flight=max_in_flight,

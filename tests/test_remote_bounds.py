@@ -413,6 +413,15 @@ async def test_bounds_out_of_range_are_named(bounds: dict[str, Any]) -> None:
         await serve_remote(Procedures(), [], **bounds)
 
 
+async def test_bounds_that_are_no_whole_numbers_are_named() -> None:
+    """Half a call cannot be in flight, and would not cross the wire."""
+    with pytest.raises(TypeError, match=r"max_in_flight must be an int, not 1\.5"):
+        await serve_remote(Procedures(), [], max_in_flight=1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="max_frame_bytes must be an int, not '4096'"):
+        async with open_remote_stream(trio.testing.memory_stream_pair()[0], max_frame_bytes="4096"):  # type: ignore[arg-type]
+            raise AssertionError("entered")
+
+
 async def test_a_place_goes_to_one_caller_only(pair: Pair, autojump_clock: trio.testing.MockClock) -> None:
     """With many callers that come again and again, three are in hand at any time, and the worker never refuses."""
     procedures = Procedures()

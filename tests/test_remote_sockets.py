@@ -30,6 +30,7 @@ from stagetrio.remote import (
     serve_remote,
     serve_remote_stream,
 )
+from stagetrio.remote_hello import MAX_TOKEN_BYTES
 from stagetrio.sockets import open_listeners
 
 HERE = Path(__file__).parent
@@ -83,7 +84,7 @@ async def test_calls_over_addresses(scheme: str, tmp_path: Path) -> None:
         assert remote.statistics().sent == 2000
 
 
-@pytest.mark.parametrize("token", [None, "", "wrong", "sesame ", "\ud800", "x" * 3000])
+@pytest.mark.parametrize("token", [None, "wrong", "sesame ", "\ud800", "x" * 3000, "x" * MAX_TOKEN_BYTES])
 async def test_a_wrong_token_opens_nothing(token: str | None) -> None:
     """Whoever does not know the token is told so before anything else is looked at, and counted."""
     procedures = echoing()
@@ -98,6 +99,25 @@ async def test_a_wrong_token_opens_nothing(token: str | None) -> None:
             assert await remote.call("echo", 1) == 1
         await settled()
     assert procedures.statistics().broken == 1
+
+
+@pytest.mark.parametrize(
+    ("token", "error", "match"),
+    [
+        ("", ValueError, "token must have 1 to .* bytes, not 0"),
+        ("x" * (MAX_TOKEN_BYTES + 1), ValueError, "token must have 1 to"),
+        (b"sesame", TypeError, "token must be a str or None, not bytes$"),
+    ],
+)
+async def test_what_cannot_be_a_token_is_refused(token: Any, error: type[Exception], match: str) -> None:
+    """Before anybody connects, above all the empty one, which anybody would know; it is not told what it is."""
+    with pytest.raises(error, match=match):
+        await serve_remote(echoing(), [], token=token)
+    with pytest.raises(error, match=match):
+        await serve_remote_stream(echoing(), trio.testing.memory_stream_pair()[0], token=token)
+    with pytest.raises(error, match=match):
+        async with open_remote("tcp://127.0.0.1:1", token=token):
+            raise AssertionError("entered")
 
 
 async def test_a_token_nobody_asks_for_does_no_harm() -> None:
