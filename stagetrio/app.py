@@ -289,13 +289,36 @@ class App:
         if not addresses:
             raise ValueError("addresses must name at least one place to listen, not ()")
         listeners = await open_listeners(*addresses)
-        inner: list[SocketListener] = []
         try:
-            inner += await open_listeners(*procedures_at) if procedures_at else []
+            inner = await open_listeners(*procedures_at) if procedures_at else []
+        except BaseException:
+            await _close(listeners)
+            raise
+        await self.serve_listeners(listeners, procedures_at=inner, task_status=task_status)
+
+    async def serve_listeners(
+        self,
+        listeners: typing.Sequence[SocketListener],
+        *,
+        procedures_at: typing.Sequence[SocketListener] = (),
+        task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve on sockets that listen already, as the workers of `stagetrio.prefork` are given.
+
+        Args:
+            listeners: Where clients connect; closed in the end.
+            procedures_at: Where other processes call the app's procedures; closed in the end.
+            task_status: As for `serve`, whose errors are raised here as well.
+
+        Checkpoints: throughout. A cancellation closes every connection without ceremony.
+        """
+        if self._server is not None:
+            raise RuntimeError(f"{self!r} is being served already")
+        try:
             async with self._open() as watchdog, trio.open_nursery() as nursery:
                 self._server = await nursery.start(self._serve_clients, listeners, watchdog)
-                if inner:
-                    await nursery.start(serve_remote, self._procedures, inner)
+                if procedures_at:
+                    await nursery.start(serve_remote, self._procedures, procedures_at)
                 for seconds, job in self._jobs:
                     nursery.start_soon(self._repeat, seconds, job)
                 task_status.started([address_of(listener.socket) for listener in listeners])
@@ -303,8 +326,7 @@ class App:
                 nursery.cancel_scope.cancel()
         finally:
             self._server = None
-            for listener in (*listeners, *inner):  # where serving did not come to begin
-                await trio.aclose_forcefully(listener)
+            await _close((*listeners, *procedures_at))  # where serving did not come to begin
 
     async def drain(self, grace: float) -> None:
         """Stop accepting, finish what was received within the grace, and end `serve`.
@@ -408,6 +430,11 @@ class App:
 
     def _failed(self, peer: Peer[Any], error: Exception) -> None:
         self._failures.record(error)
+
+
+async def _close(listeners: typing.Sequence[SocketListener]) -> None:
+    for listener in listeners:
+        await trio.aclose_forcefully(listener)
 
 
 async def _turn_away(peer: Peer[Any], message: Any) -> None:

@@ -8,8 +8,9 @@ looks at the state as it is. So two causes at once are one replacement, and none
 
 A worker that ends unasked is replaced at once, if it has been stable. One that ends within `STABLE_SECONDS`, or before
 it was ready, makes its slot wait, twice as long each time, up to `MAX_BACKOFF` seconds, give or take a quarter, so that
-slots which fail for one reason do not retry together. If the very first worker exits by itself before it is ready, what
-it was to serve is broken, and so is the arbiter's task: `CannotStart`.
+slots which fail for one reason do not retry together. The very first worker is started alone, and the others when it is
+ready: if it exits by itself before that, what it was to serve is broken, which is said once, and ends the arbiter's
+task: `CannotStart`.
 
 A reload replaces the workers slot by slot. When a successor does not become ready, the reload stops there, and those
 not yet replaced stay: a broken version does not take the place of a working one.
@@ -245,6 +246,8 @@ class Arbiter:
     # A slot.
 
     async def _keep(self, slot: _Slot) -> None:
+        while slot.number > 0 and not self._any_ready and not slot.retired:
+            await self._changed.wait()
         while not slot.retired:
             worker = slot.current
             if worker is not None and worker.gone.is_set():
@@ -310,11 +313,11 @@ class Arbiter:
             self._hung += 1
         else:
             self._crashed += 1
+        if not self._any_ready and not worker.ready and worker.status is not None and worker.status > 0:
+            raise CannotStart(worker.status)
         age = trio.current_time() - worker.born
         before = "" if worker.ready else " before it was ready"
         logger.error("%s %s%s, %.3g s old", worker, worker.described_end(), before, age)
-        if not self._any_ready and not worker.ready and worker.status is not None and worker.status > 0:
-            raise CannotStart(worker.status)
         slot.failures = 0 if worker.ready and age >= STABLE_SECONDS else slot.failures + 1
 
     async def _back_off(self, slot: _Slot) -> None:

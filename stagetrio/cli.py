@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 INTERRUPTED = 130  # what shells make of an end by SIGINT
 
@@ -130,20 +131,82 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="where to listen: tcp://HOST:PORT or unix:///PATH; may be repeated (default: tcp://127.0.0.1:8800)",
     )
     parser.add_argument("--grace", type=_grace, default=10.0, metavar="S", help="seconds for draining (default: 10)")
+    parser.add_argument("--pid", type=Path, metavar="FILE", help="keep the process id in FILE while it runs")
     parser.add_argument("--check", action="store_true", help="load the script, print what it serves, and exit")
+    _add_processes(parser)
     parser.set_defaults(command=_run)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "several processes",
+        "An arbiter holds the sockets and keeps worker processes alive, each of which loads the script. SIGHUP "
+        "replaces them one by one, without a refused connection; SIGTTIN and SIGTTOU add and remove one.",
+    )
+    group.add_argument("--processes", type=_count, metavar="N", help="serve in N worker processes")
+    for option, default, help in (
+        ("--hang-after", 30, "replace a worker whose event loop has not turned for so many seconds"),
+        ("--start-within", 60, "replace a worker that is not ready after so many seconds"),
+        ("--max-age", math.inf, "replace a worker after about so many seconds"),
+    ):
+        group.add_argument(option, type=_lifetime, metavar="S", help=f"{help} (default: {default:g})")
+    group.add_argument(
+        "--max-memory",
+        type=_megabytes,
+        dest="max_memory_bytes",
+        metavar="MB",
+        help="replace a worker that takes about so much (default: inf)",
+    )
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text}")
+    return int(text)
+
+
+def _lifetime(text: str) -> float:
+    seconds = _number(text)
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return seconds
+
+
+def _megabytes(text: str) -> float:
+    try:
+        megabytes = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of megabytes") from None
+    if not megabytes > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return megabytes * 1e6
 
 
 def _run(options: argparse.Namespace) -> int:
     from stagetrio import script
 
+    flags = ("--hang-after", "--start-within", "--max-age", "--max-memory")
+    names = ("hang_after", "start_within", "max_age", "max_memory_bytes")
+    given: Any = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    addresses = options.bind or ["tcp://127.0.0.1:8800"]
     try:
-        return script.run(
-            options.script,
-            addresses=options.bind or ["tcp://127.0.0.1:8800"],
-            grace=options.grace,
-            check=options.check,
-        )
+        if options.check:
+            return script.check(options.script, addresses=addresses)
+        if options.processes is not None:
+            from stagetrio import script_workers
+
+            return script_workers.run(
+                options.script,
+                addresses=addresses,
+                grace=options.grace,
+                processes=options.processes,
+                pid_path=options.pid,
+                options=given,
+            )
+        for flag, name in zip(flags, names, strict=True):
+            if name in given:
+                raise script.Mendable(f"{flag} is about worker processes; add --processes N")
+        return script.run(options.script, addresses=addresses, grace=options.grace, pid_path=options.pid)
     except script.Mendable as error:
         print(f"stagetrio run: {error}", file=sys.stderr)
         return 2

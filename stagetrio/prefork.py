@@ -188,7 +188,7 @@ async def _announce(arbiter: Arbiter, task_status: trio.TaskStatus[list[Address]
     await arbiter.wait_ready()
     task_status.started(arbiter.addresses)
     where = ", ".join(map(str, arbiter.addresses))
-    logger.info("%s ready on %s", _workers(arbiter), where)
+    logger.info("%s serving on %s; SIGTERM or Ctrl-C drains, SIGHUP reloads", _workers(arbiter), where)
     notify(READY=1, STATUS=f"{_workers(arbiter)} on {where}", MAINPID=os.getpid())
 
 

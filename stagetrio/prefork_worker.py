@@ -193,4 +193,4 @@ def command(channel_fd: int, package_root: str) -> Sequence[str]:
     """
     code = f"import sys; sys.path.insert(0, {package_root!r})"
     code += f"; from stagetrio.prefork_worker import main; main({channel_fd})"
-    return [sys.executable, "-c", code]
+    return [sys.executable, "-P", "-c", code]  # -P: nothing in the working directory is taken for a module yet

@@ -197,7 +197,7 @@ def command(fd: int, package_root: str, module: str) -> list[str]:
         module: the one whose ``main`` is the worker.
     """
     code = f"import sys; sys.path.insert(0, {package_root!r}); from {module} import main; main({fd})"
-    return [sys.executable, "-c", code]
+    return [sys.executable, "-P", "-c", code]  # -P: nothing in the working directory is taken for a module yet
 
 
 def preparation() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A script is imported, not run: it is a module of its own name, with its directory on ``sys.path``, so that what stands
 under ``if __name__ == "__main__"`` stays undone. What its author can mend is told in one line (`Mendable`): what is
-wrong, where, and the mend.
+wrong, where, and the mend. Serving in several processes stands in ``script_workers.py``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ import signal
 import sys
 import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from math import inf
 from pathlib import Path
 
 import trio
 
 from stagetrio.app import App
+from stagetrio.service import notify, pid_file
 from stagetrio.sockets import Address, parse_address
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class Mendable(Exception):
@@ -31,14 +35,28 @@ class Mendable(Exception):
         super().__init__(" ".join(problem.split()))
 
 
-def run(path: Path, *, addresses: Sequence[str], grace: float, check: bool) -> int:
+def check(path: Path, *, addresses: Sequence[str]) -> int:
+    """Load a script and print what would be served.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        Mendable: The script, its app or an address is not as it must be.
+    """
+    check_addresses(addresses)
+    print(described(load(path), path))
+    return 0
+
+
+def run(path: Path, *, addresses: Sequence[str], grace: float, pid_path: Path | None = None) -> int:
     """Load a script and serve its app until a signal ends it.
 
     Args:
         path: Of the script.
         addresses: Where to listen.
         grace: Seconds for draining, 0 or more.
-        check: Print what would be served instead.
+        pid_path: A file to keep the process id in.
 
     Returns:
         The exit status: 0 after a drain, 128 and the signal's number after a second signal.
@@ -46,16 +64,28 @@ def run(path: Path, *, addresses: Sequence[str], grace: float, check: bool) -> i
     Raises:
         Mendable: The script, its app or an address is not as it must be.
     """
-    _check_addresses(addresses)
+    check_addresses(addresses)
     app = load(path)
-    if check:
-        print(described(app, path))
-        return 0
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    return trio.run(serve, app, path, addresses, grace)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    with kept(pid_path):
+        return trio.run(serve, app, path, addresses, grace)
 
 
-def _check_addresses(addresses: Sequence[str]) -> None:
+@contextmanager
+def kept(pid_path: Path | None) -> Iterator[None]:
+    """Keep the process id in a file, and have what is wrong with that file told."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(pid_file(pid_path))
+        except FileExistsError as error:
+            raise Mendable(str(error)) from None
+        except OSError as error:
+            raise Mendable(f"{pid_path}: {error.strerror}; choose another PID file with --pid") from None
+        yield
+
+
+def check_addresses(addresses: Sequence[str]) -> None:
+    """Raise `Mendable` for the first address that makes no sense."""
     for address in addresses:
         try:
             parse_address(address)
@@ -185,13 +215,18 @@ _MENDS = {
 }
 
 
-def _not_serving(error: BaseException, path: Path) -> Mendable:
+def unlistenable(error: OSError) -> Mendable:
+    """Why an address cannot be had."""
+    mend = _MENDS.get(error.errno or 0, "choose another address with --bind")
+    return Mendable(f"{error.strerror or error}; {mend}")
+
+
+def not_serving(error: BaseException, path: Path) -> Mendable:
     """Why an app could not begin to serve; what is not the user's to mend is raised as it is."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, OSError):
-        mend = _MENDS.get(error.errno or 0, "choose another address with --bind")
-        return Mendable(f"{error.strerror or error}; {mend}")
+        return unlistenable(error)
     if isinstance(error, ValueError | TypeError):
         return Mendable(f"{path}: {error}; correct the App")
     raise error
@@ -230,7 +265,8 @@ async def serve(app: App, path: Path, addresses: Sequence[str], grace: float) ->
                     else:
                         draining = True
                         within = "" if grace == inf else f" for up to {grace:g} s"
-                        _say(f"{app.name}: draining{within}; another signal ends it at once")
+                        say(f"{app.name}: draining{within}; another signal ends it at once")
+                        notify(STOPPING=1)
                         nursery.start_soon(app.drain, grace)
 
             nursery.start_soon(obey)
@@ -241,11 +277,14 @@ async def serve(app: App, path: Path, addresses: Sequence[str], grace: float) ->
                 nursery.cancel_scope.cancel()
             else:
                 serving = True
-                _say(f"{app.name}: serving on {', '.join(map(str, bound))}; Ctrl-C or SIGTERM drains")
+                where = ", ".join(map(str, bound))
+                say(f"{app.name}: serving on {where}; Ctrl-C or SIGTERM drains")
+                notify(READY=1, STATUS=f"serving on {where}")
     if failure is not None:
-        raise _not_serving(failure, path)
+        raise not_serving(failure, path)
     return status
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Tell the operator."""
     print(line, file=sys.stderr, flush=True)
