@@ -8,7 +8,9 @@ and may be stopped there. Which alarm there is depends on what the process has t
 
 ``"timer"``
     An interval timer (SIGALRM). The kernel's, so it rings while C code holds the GIL, and the system call that C code
-    waits in is interrupted. Needs the main thread, and that nobody else owns the signal or the timer.
+    waits in is interrupted. Needs the main thread, and that nobody else owns the signal or the timer. It rings again
+    every quantum until it is armed anew or finds nobody: a signal that comes just before a handler begins to wait, for
+    a lock, say, is noticed only when the wait is over, and if it was the only one, that is never.
 ``"thread"``
     A thread looks four times per quantum and sends a signal to the main thread. It cannot look while C code holds the
     GIL, and the interpreter hands it the GIL only every switch interval (5 ms), so slices are longer by that much.
@@ -47,6 +49,7 @@ from stagetrio.events import MACHINERY, Events, free_tool
 SIGALRM: int = getattr(signal, "SIGALRM", 0)
 SIGURG: int = getattr(signal, "SIGURG", 0)  # ignored by default: one that comes late does no harm
 LOOKS_PER_QUANTUM = 4
+SHORTEST = 1e-6  # seconds for which a timer can be armed
 RETRY_SECONDS = (
     1e-4  # after which a switch that was put off is tried again; then twice that, up to a quarter of a quantum
 )
@@ -107,7 +110,10 @@ class Interruptions(Generic[L]):
             at_a_seam: It is known that no C code is under way in the frame.
         """
         lane = self.active
-        if lane is None or self._judging or frame is None:
+        if lane is None:
+            self.alarm.disarm()
+            return
+        if self._judging or frame is None:
             return
         now = self.alarm.clock()
         end = lane.end_of_slice()
@@ -152,6 +158,9 @@ class Alarm:
 
     def arm(self, deadline: float, now: float) -> None:
         """Let it ring at ``deadline``."""
+
+    def disarm(self) -> None:
+        """It has rung, and found nobody: let it not ring again."""
 
     def open(self, loop: Interruptions[Any]) -> None:
         """Begin to ring for ``loop``, in the calling thread."""
@@ -221,6 +230,7 @@ class TimerAlarm(_SignalAlarm):
     def open(self, loop: Interruptions[Any]) -> None:
         super().open(loop)
         self.rings_at = math.inf
+        self._interval = max(loop.quantum, SHORTEST)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.rings_at = math.inf
@@ -229,7 +239,10 @@ class TimerAlarm(_SignalAlarm):
     def arm(self, deadline: float, now: float) -> None:
         # In this order: a signal between the two lines leaves `rings_at` too late, and the timer is armed once more.
         self.rings_at = deadline
-        signal.setitimer(signal.ITIMER_REAL, max(deadline - now, 1e-6))
+        signal.setitimer(signal.ITIMER_REAL, max(deadline - now, SHORTEST), self._interval)
+
+    def disarm(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def close(self) -> None:
         self.rings_at = -math.inf

@@ -122,7 +122,7 @@ class Lane:
         self.stack = Stack(self)
         self.task: Task | None = None
         self.handler: Callable[..., Any] | None = None
-        self.coroutine: Any = None  # the handler's, where it is known
+        self.coroutine: Any = None  # what the stack runs
         self.flow: Hashable = None
         self.budget = math.inf
         self._started = 0.0  # when the handler last got the loop; what the pass is charged from
@@ -149,14 +149,19 @@ class Lane:
         """
         if self.task is not None:
             raise RuntimeError("the lane is in use")
-        self.task = task = current_task()
+        self.stack.begin()
         try:
-            result: T = await self.drive(worker(*args), task)
+            result: T = await self.go_on(self.enter(None, worker(*args)))
             return result
         finally:
             self.handler = self.task = None
-            self.stack.discard()
-            self.stack = Stack(self)
+            self.renew()
+
+    def renew(self) -> None:
+        """Replace the stack by one that has not begun."""
+        self.stack.discard()
+        self.stack = Stack(self)
+        self.coroutine = None
 
     # What the worker says, on the lane's stack.
 
@@ -326,61 +331,104 @@ class Lane:
         if self.scope is not None:
             self.scope.cancel(reason=f"held the loop for longer than {self.budget:.3g} s")
 
-    @types.coroutine
-    def run_one(self, handler: Callable[..., Any], args: tuple[Any, ...]) -> Generator[Any, Any, Any]:
-        """Run one handler with this lane's flow, budget and scope."""
-        self.task = task = current_task()
+    async def wait_to_run(self, handler: Callable[..., Any]) -> None:
+        """Wait, where nothing is left to spend in this pass, until a handler may start."""
         self.handler = handler
+        self.task = current_task()
         self._before = 0.0
         self.exceeded = False
-        turns = self._turns
-        try:
-            if turns.used >= turns.quantum or turns.overdue:
-                yield from self._wait_to_run().__await__()
-            self.coroutine = coroutine = handler(*args)
-            return (yield from self.drive(coroutine, task))
-        finally:
-            self.handler = self.coroutine = self.task = None
-            if self._loop.contended:
-                self.settle()
-
-    async def _wait_to_run(self) -> None:
         if self._turns.used >= self._turns.quantum or self._turns.owes(self.account()):
             await self.wait_turn(begun=False, raises=True)
 
-    @types.coroutine
-    def drive(self, coroutine: Any, task: Task) -> Generator[Any, Any, Any]:
-        """Drive a coroutine on this lane's stack until it ends; the other end of `Stack.run`."""
-        loop = self._loop
+    @enable_ki_protection
+    def enter(self, handler: Callable[..., Any] | None, coroutine: Any) -> Any:
+        """Start a handler, or a worker (None), on this lane's stack; return what `go_on` is to be told."""
+        self._attach(handler, coroutine)
+        return self._switch(coroutine)
+
+    def _attach(self, handler: Callable[..., Any] | None, coroutine: Any) -> None:
+        self.handler = handler
+        self.coroutine = None if handler is None else coroutine
+        self.task = task = current_task()
+        self._before = 0.0
         stack = self.stack
         stack.back = greenlet.getcurrent()
-        stack.protected = getattr(task, "_ki_protected", True)
         stack.gr_context = task.context
+        stack.protected = getattr(task, "_ki_protected", True)
+
+    @enable_ki_protection
+    def run_through(self, handler: Callable[..., Any], coroutine: Any, flow: Hashable, here: greenlet.greenlet) -> Any:
+        """Do what `enter` does, and, if the handler has ended by then, `leave`: the short way of a short handler.
+
+        For a handler without a budget, of a task that is not on a lane, in a pass in which something is left to spend.
+
+        Args:
+            handler, coroutine: As of `enter`.
+            flow: As of `begin`.
+            here: The current stack.
+        """
+        loop, turns, stack = self._loop, self._turns, self.stack
+        self.handler = handler
+        self.coroutine = coroutine
+        self.flow = flow
+        self.task = task = current_task()
+        self._before = 0.0
+        self.put_off = 0
+        stack.back = here
+        stack.gr_context = task.context
+        try:
+            stack.protected = task._ki_protected
+        except AttributeError:  # another Trio's: where nothing is known, nothing is interrupted
+            stack.protected = True
+        self._started = self.since = now = self._clock()
+        self.end_at = end = now + turns.quantum - turns.used
+        loop.active = self
+        if self._alarm.rings_at > end:
+            self._alarm.arm(end, now)
+        trap = stack.switch(coroutine)
+        if trap is not FINISHED or self.put_off or loop.contended:
+            return self._switched(trap)
+        turns.used += self._clock() - now
+        self.coroutine = self.handler = self.task = loop.active = stack.gr_context = None
+        return trap
+
+    @types.coroutine
+    def go_on(self, trap: Any) -> Generator[Any, Any, Any]:
+        """Drive what was entered until it ends; return its value, or raise its error."""
+        while trap is not FINISHED:
+            trap = self._switch((yield from self._answer(trap)))
+        return self.stack.result()
+
+    @enable_ki_protection
+    def _switch(self, answer: Any) -> Any:
+        loop = self._loop
         outer = loop.active  # the handler that awaits this, if it is under the watchdog too
         if outer is not None:
             outer.pause()
         if self.handler is not None:
             self.start()
-        trap = stack.switch(coroutine)
-        while trap is not FINISHED:
-            if loop.active is self:
-                self.pause()
-            if outer is not None:
-                outer.start()
-            answer = yield from self._answer(trap)
-            if outer is not None:
-                outer.pause()
-            if self.handler is not None:
-                self.start()
-            trap = stack.switch(answer)
-        if loop.active is self:
-            self.pause()
+        trap = self._switched(self.stack.switch(answer))
         if outer is not None:
             outer.start()
-        if stack.error is not None:
-            stack.failed()
-        value, stack.value = stack.value, None
-        return value
+        return trap
+
+    def _switched(self, trap: Any) -> Any:
+        if trap is FINISHED:
+            self.coroutine = None
+        if self._loop.active is self:
+            self.pause()
+        return trap
+
+    @enable_ki_protection
+    def leave(self) -> None:
+        """Let go of whoever was entered."""
+        self.handler = self.task = self.scope = self.stack.gr_context = None
+        self.budget = math.inf
+        if self._loop.contended:
+            self.settle()
+        if self.coroutine is not None:  # Ctrl-C came between two steps: what it ran is unwound
+            self.renew()
+            self.stack.begin()
 
     def _answer(self, trap: Any) -> Generator[Any, Any, Any]:
         """Do what the stack waits for; return what it is to be told."""

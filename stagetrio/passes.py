@@ -32,6 +32,9 @@ class Turning(Protocol):
     def next_pass(self) -> Iterable[Waiter]:
         """Begin a pass; return who is to be let go in it."""
 
+    def close(self) -> Iterable[Waiter]:
+        """Return all who wait; nobody will any more."""
+
 
 class Passes(trio.abc.Instrument):
     """The passes of the current event loop.
@@ -50,9 +53,11 @@ class Passes(trio.abc.Instrument):
         self.count += 1
         turns = self._turns
         if turns.used or turns.waiting:
-            for waiter in turns.next_pass():
-                assert waiter.task is not None
-                reschedule(waiter.task)
+            _let_go(turns.next_pass())
+
+    def close(self) -> None:
+        """Let all go who wait: nobody counts passes any more."""
+        _let_go(self._turns.close())
 
     def keep_turning(self) -> None:
         """Do not let the loop sleep: somebody waits for a turn."""
@@ -76,3 +81,9 @@ class Passes(trio.abc.Instrument):
             else:
                 self._turner = current_task()
                 await trio.lowlevel.wait_task_rescheduled(abort)
+
+
+def _let_go(waiters: Iterable[Waiter]) -> None:
+    for waiter in waiters:
+        assert waiter.task is not None
+        reschedule(waiter.task)

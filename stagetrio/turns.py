@@ -100,6 +100,15 @@ class Turns(Generic[W]):
                 self._virtual = max(self._virtual, tag)
                 return waiter
 
+    def close(self) -> list[W]:
+        """Let everybody go, from now on without bounds; return the waiters."""
+        gone = [*self._arrivals, *self.overdue]
+        self._arrivals.clear()
+        self.overdue.clear()
+        self.waiting = 0
+        self.used, self.quantum = 0.0, math.inf
+        return gone
+
     def wait(self, waiter: W, flow: Hashable, *, begun: bool, again: bool = False) -> bool:
         """Queue a waiter; return whether it is overdue.
 

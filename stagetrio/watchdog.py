@@ -15,13 +15,13 @@ be undone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
+from math import inf
 from time import perf_counter
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 import trio
@@ -30,7 +30,7 @@ from trio.lowlevel import Task, current_task
 
 from stagetrio.alarm import SIGALRM, Alarm, StepClock, choose_alarm
 from stagetrio.lane import Lane, Loop
-from stagetrio.preempt import no_preempt
+from stagetrio.preempt import FINISHED, Stack, no_preempt
 from stagetrio.stall import Monitor, Stall, StallCause, StepTimes, Work, name_of
 from stagetrio.stopping import module_names
 
@@ -115,6 +115,7 @@ class Watchdog:
         self._loop = loop
         self._turns = loop.turns
         self._spare: list[Lane] = []
+        self._max_spare = MAX_SPARE  # none when closed
         self._watched: dict[Task, Work] = {}
         self._failure: BaseException | None = None
         self._token = trio.lowlevel.current_trio_token()
@@ -129,7 +130,7 @@ class Watchdog:
         )
 
     async def run(
-        self, fn: Callable[..., Awaitable[T]], *args: object, flow: Hashable = None, budget: float = math.inf
+        self, fn: Callable[..., Awaitable[T]], *args: object, flow: Hashable = None, budget: float = inf
     ) -> T:
         """Run ``await fn(*args)``, with checkpoints forced wherever it holds the loop for longer than its turn.
 
@@ -141,44 +142,86 @@ class Watchdog:
 
         Raises:
             BudgetExceeded: It held the loop for longer than ``budget`` and was cancelled.
+            trio.ClosedResourceError: The watchdog has been closed.
 
         Checkpoints: as ``fn`` does, and wherever they are forced. A cancellation reaches ``fn`` at either.
-        Cost: where nothing is forced and the budget is unbounded, 2 µs for switching stacks, or 0.6 µs in a task that
+        Cost: where nothing is forced and the budget is unbounded, 1.1 µs for switching stacks, or 0.6 µs in a task that
             runs on a lane already (`open_lane`); where the budget is bounded, a cancel scope.
         """
-        if budget != math.inf:
+        if budget != inf:
             return await self._run_within(budget, fn, args, flow)
-        here = getattr(getcurrent(), "owner", None)
-        if type(here) is Lane and here.handler is None:
-            here.begin(fn, flow)
-            try:
-                return await fn(*args)
-            finally:
-                here.end()
-        lane = self._spare.pop() if self._spare else Lane(self._loop)
-        lane.flow = flow
+        here = getcurrent()
+        if type(here) is Stack:
+            return await self._run_from(here.owner, fn, args, flow)
+        turns, spare = self._turns, self._spare
+        if not spare or turns.used >= turns.quantum or turns.overdue:
+            return await self._run_on(self._take(), fn, args, flow)
+        coroutine = fn(*args)
+        lane = spare.pop()
+        trap = lane.run_through(fn, coroutine, flow, here)
+        result: T
+        if trap is FINISHED and lane.task is None:
+            spare.append(lane)
+            result = lane.stack.result()
+        else:
+            result = await self._go_on(lane, trap)
+        return result
+
+    async def _run_from(
+        self, lane: Lane, fn: Callable[..., Awaitable[T]], args: tuple[object, ...], flow: Hashable
+    ) -> T:
+        """Run in a task that is on a lane: on that lane itself, unless it is in the middle of a handler."""
+        if lane.handler is not None:
+            return await self._run_on(self._take(), fn, args, flow)
+        lane.begin(fn, flow)
         try:
-            result: T = await lane.run_one(fn, args)
-            return result
+            return await fn(*args)
         finally:
-            self._spare.append(lane)
+            lane.end()
 
     async def _run_within(
         self, budget: float, fn: Callable[..., Awaitable[T]], args: tuple[object, ...], flow: Hashable
     ) -> T:
         _check("budget", budget, budget > 0)
-        lane = self._spare.pop() if self._spare else Lane(self._loop)
-        lane.flow = flow
+        lane = self._take()
         lane.budget = budget
+        with trio.CancelScope() as lane.scope:
+            return await self._run_on(lane, fn, args, flow)
+        raise BudgetExceeded(name_of(fn), budget)
+
+    async def _run_on(
+        self, lane: Lane, fn: Callable[..., Awaitable[T]], args: tuple[object, ...], flow: Hashable
+    ) -> T:
+        lane.flow = flow
         try:
-            with trio.CancelScope() as lane.scope:
-                result: T = await lane.run_one(fn, args)
-                return result
-            raise BudgetExceeded(name_of(fn), budget)
+            await lane.wait_to_run(fn)
+            result: T = await lane.go_on(lane.enter(fn, fn(*args)))
+            return result
         finally:
-            lane.scope = None
-            lane.budget = math.inf
+            self._put_back(lane)
+
+    async def _go_on(self, lane: Lane, trap: Any) -> Any:
+        try:
+            return await lane.go_on(trap)
+        finally:
+            self._put_back(lane)
+
+    def _take(self) -> Lane:
+        """Return an idle lane."""
+        if self._spare:
+            return self._spare.pop()
+        if not self._max_spare:
+            raise trio.ClosedResourceError("the watchdog has been closed")
+        lane = Lane(self._loop)
+        lane.stack.begin()
+        return lane
+
+    def _put_back(self, lane: Lane) -> None:
+        lane.leave()
+        if len(self._spare) < self._max_spare:
             self._spare.append(lane)
+        else:
+            lane.stack.discard()
 
     async def watch(self, fn: Callable[..., Awaitable[T]], *args: object, flow: Hashable = None) -> T:
         """Run ``await fn(*args)``; a stall it causes is reported by its name and flow. Nothing is forced.
@@ -274,6 +317,8 @@ class Watchdog:
             for instrument in instruments:
                 with suppress(KeyError):  # Trio has removed it, because it raised
                     trio.lowlevel.remove_instrument(instrument)
+            loop.passes.close()
+            self._max_spare = 0
             while self._spare:
                 self._spare.pop().stack.discard()
 
@@ -311,7 +356,7 @@ async def open_watchdog(
 
     Checkpoints: none.
     """
-    _check("quantum", quantum, quantum > 0 and quantum < math.inf)
+    _check("quantum", quantum, quantum > 0 and quantum < inf)
     _check("cleanup", cleanup, cleanup >= 0)
     alarm: Alarm = choose_alarm(signum) if clock is None else clock
     loop = Loop(alarm, quantum, module_names(preemptible), weight, cleanup)

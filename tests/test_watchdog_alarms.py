@@ -61,6 +61,40 @@ async def test_the_timer_is_used_where_it_is_free() -> None:
     assert tools() == before
 
 
+async def test_a_ring_that_comes_too_early_is_not_the_last() -> None:
+    """A signal just before a handler begins to wait does not end the waiting; the timer rings again."""
+    lock = threading.Lock()
+    lock.acquire()
+    got: list[bool] = []
+
+    async def other() -> None:
+        await trio.lowlevel.checkpoint()
+        lock.release()
+
+    async def handler() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        signal.sigwait({signal.SIGALRM})  # as if it had come, and been looked at, before what follows
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+        got.append(lock.acquire(timeout=30))
+
+    async with open_watchdog(quantum=0.002) as watchdog, trio.open_nursery() as nursery:
+        assert watchdog.statistics().mechanism == "timer"
+        nursery.start_soon(other)
+        await watchdog.run(handler)
+    assert got == [True]
+
+
+async def test_an_idle_timer_does_not_ring() -> None:
+    """When the handler that it was armed for has ended, it is not heard of again."""
+    async with open_watchdog(quantum=0.001) as watchdog:
+        await watchdog.run(trio.lowlevel.checkpoint)
+        for _ in range(1000):
+            await trio.sleep(0.002)
+            if signal.getitimer(signal.ITIMER_REAL) == (0, 0):
+                return
+    raise AssertionError("it rings and rings")
+
+
 async def test_whoever_owns_sigalrm_keeps_it() -> None:
     """pytest-timeout sets a handler and the timer; both are as before, and a thread with SIGURG stops handlers."""
     rung: list[int] = []
