@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stagetrio.codec import Done as Done
     from stagetrio.codec import Failed as Failed
     from stagetrio.codec import Refused as Refused
+    from stagetrio.fair_channel import open_fair_channel as open_fair_channel
     from stagetrio.fair_queue import Delivery as Delivery
     from stagetrio.fair_queue import FairQueue as FairQueue
     from stagetrio.framing import LengthPrefixed as LengthPrefixed
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from stagetrio.pacer import Pacer as Pacer
     from stagetrio.peer import Peer as Peer
     from stagetrio.preempt import no_preempt as no_preempt
+    from stagetrio.priority import PriorityClass as PriorityClass
     from stagetrio.proxies import Proxies as Proxies
     from stagetrio.remote import Procedures as Procedures
     from stagetrio.remote import Remote as Remote
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from stagetrio.shed import Shedder as Shedder
     from stagetrio.snapshot import Snapshot as Snapshot
     from stagetrio.sockets import open_listeners as open_listeners
+    from stagetrio.sojourn import CoDel as CoDel
     from stagetrio.stage import Stage as Stage
     from stagetrio.stall import Stall as Stall
     from stagetrio.ticket import Ticket as Ticket
@@ -75,6 +78,7 @@ _ROOMS = {
     "BudgetExceeded": "watchdog",
     "Client": "client",
     "CloseReason": "rules",
+    "CoDel": "sojourn",
     "Closed": "codec",
     "Codec": "codec",
     "Delivery": "fair_queue",
@@ -91,6 +95,7 @@ _ROOMS = {
     "Pacer": "pacer",
     "Peer": "peer",
     "PeerLimits": "rules",
+    "PriorityClass": "priority",
     "Procedures": "remote",
     "ProtocolError": "framing",
     "Proxies": "proxies",
@@ -114,6 +119,7 @@ _ROOMS = {
     "WorkerLost": "remote",
     "no_preempt": "preempt",
     "open_client": "client",
+    "open_fair_channel": "fair_channel",
     "open_listeners": "sockets",
     "open_nursery_pool": "nursery_pool",
     "open_remote": "remote",

@@ -33,8 +33,9 @@ share), so that neither idle moments nor a flow's debt can carry it away. (Measu
 400 ms where one item in ten of a flow costs 400 times the others, and this 35 ms.)
 
 **Strangers.** A stream of flows never seen before, each with one item, would keep virtual time where it is, and a flow
-that has been served once would wait for ever behind them. They start later than virtual time, by the work served since
-it has moved last, divided by the number of flows that wait.
+that has been served once would wait for ever behind them. So they start by a clock of their own, which is not behind
+virtual time, and moves by each piece of work divided by the number of flows that wait: by what each of them should have
+had of it.
 
 What is kept of a flow, and where it is filed, is the matter of `stagetrio.filing`.
 
@@ -109,7 +110,6 @@ class FairOrder(Filing[F, T]):
         finish = record.finish
         if finish > self.virtual_time:
             self.virtual_time = finish
-            self._mark = self.work
         else:
             finish = self.virtual_time
         self.work += cost
@@ -143,7 +143,6 @@ class FairOrder(Filing[F, T]):
                 continue
             if tag > self.virtual_time:
                 self.virtual_time = tag
-                self._mark = self.work
             if begin + 1 == len(bucket) and bucket[begin].filed == tag:
                 self._take_run(bucket[begin], items, max_items)
                 continue
@@ -203,7 +202,6 @@ class FairOrder(Filing[F, T]):
             count, cost = 1, record.costs[0]
         if count > 1:
             self.virtual_time = tag + (count - 1) * inverse
-            self._mark = self.work + (count - 1) * cost
         self.work += count * cost
         record.finish = tag + count * cost * inverse
         items.append(record.first)
@@ -260,7 +258,6 @@ class FairOrder(Filing[F, T]):
         finish = record.finish
         if finish > self.virtual_time:
             self.virtual_time = finish
-            self._mark = self.work
         record.in_hand += 1
         record.reserved += estimate * record.inverse
         if record.rest:

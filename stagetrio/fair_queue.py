@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Generic, cast
+from typing import Generic, Literal, cast
 
 import attrs
 import trio
@@ -69,8 +69,9 @@ class FairQueue(Generic[F, T]):
         max_items: Items queued at once, over all flows; ≥ 1 or `math.inf`.
         max_items_per_flow: Items of one flow queued at once; ≥ 1 or `math.inf`.
         weight: The weight of a flow (finite, above 0), asked when the flow is first seen; None: all weigh 1.0.
-        overflow: What happens at ``max_items``. ``"refuse"``: `send_nowait` is refused, `send` waits. ``"evict"``: the
-            flow with the most items loses its newest one to ``on_shed``, unless it is the one that sends.
+        overflow: What happens to a `send` for which there is no place. ``"wait"``: it waits. ``"refuse"``: it gets
+            `Overloaded`, as `send_nowait` does in any case. ``"evict"``: where ``max_items`` is the bound, the flow
+            with the most items loses its newest one to ``on_shed``, and only where it is the one that sends, it waits.
         codel: How long items may wait before they are shed; None: as long as it takes. A class has its own.
         classes: Priority classes, the one that is served first first; none: all flows are in one.
         class_of: The name of a flow's class, asked when the flow is first seen; needed where there are classes.
@@ -84,7 +85,7 @@ class FairQueue(Generic[F, T]):
         *,
         max_items_per_flow: float = math.inf,
         weight: Callable[[F], float] | None = None,
-        overflow: str = "refuse",
+        overflow: Literal["wait", "refuse", "evict"] = "wait",
         codel: CoDel | None = None,
         classes: Sequence[PriorityClass] = (),
         class_of: Callable[[F], str] | None = None,
@@ -93,8 +94,8 @@ class FairQueue(Generic[F, T]):
         for name, function in (("weight", weight), ("class_of", class_of), ("on_shed", on_shed)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable or None, not {function!r}")
-        if overflow not in ("refuse", "evict"):
-            raise ValueError(f'overflow must be "refuse" or "evict", not {overflow!r}')
+        if overflow not in ("wait", "refuse", "evict"):
+            raise ValueError(f'overflow must be "wait", "refuse" or "evict", not {overflow!r}')
         if bool(classes) != (class_of is not None):
             raise ValueError(f"classes and class_of must be given together, not {classes!r} and {class_of!r}")
         self._order: FairOrder[F, T] | PriorityOrder[F, T] = (
@@ -105,6 +106,7 @@ class FairQueue(Generic[F, T]):
         self._flows = self._order.flows
         self._intake: Intake[F, T] = Intake(self._order, max_items, max_items_per_flow)
         self._intake.evicts = overflow == "evict"
+        self._intake.refuses = overflow == "refuse"
         self._outlet = self._intake.other_end = Outlet(self._order, self._intake, self._make_sojourn)
         self._shed = self._discarded = 0
         if class_of is not None:
@@ -165,7 +167,7 @@ class FairQueue(Generic[F, T]):
 
     @enable_ki_protection
     async def send(self, flow: F, item: T, *, cost: float = 1.0, deadline: float = math.inf) -> None:
-        """Queue an item; wait for a place where there is none.
+        """Queue an item; wait for a place where there is none, unless ``overflow`` says that nobody waits.
 
         Those who wait are served first come, first served within a flow, and the flows in turn.
 
@@ -177,6 +179,7 @@ class FairQueue(Generic[F, T]):
 
         Raises:
             trio.ClosedResourceError: The queue is closed, or was closed while this waited.
+            Overloaded: There is no place, and the queue was made with ``overflow="refuse"``.
 
         Checkpoints: Always. A cancelled send has not queued anything.
         """
@@ -375,7 +378,14 @@ class FairQueue(Generic[F, T]):
         Items of held flows still count as queued: receivers wait until they are resumed or discarded.
         """
         if not self._intake.closed:
-            self._intake.close()
+            self._intake.close(trio.ClosedResourceError)
+            self._outlet.settle_ends()
+
+    @enable_ki_protection
+    def break_off(self) -> None:
+        """Take nothing more, since nobody will receive: a sender that waits gets `trio.BrokenResourceError`."""
+        if not self._intake.closed:
+            self._intake.close(trio.BrokenResourceError)
             self._outlet.settle_ends()
 
     async def aclose(self) -> None:

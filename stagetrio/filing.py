@@ -52,7 +52,8 @@ class Filing(Generic[F, T]):
         self._rate = 0.0  # what flows' first items cost per declared unit
         self.virtual_time = 0.0
         self.work = 0.0  # booked in all, not normalised
-        self._mark = 0.0  # and when virtual time moved last
+        self._entered = 0.0  # the tag of the latest stranger,
+        self._entered_work = 0.0  # and the work when it came
         self._held: set[Flow[F, T]] = set()
         self._filed = 0  # flows with items, not counting the woken
         self.in_hand = 0  # deliveries taken and not settled
@@ -82,14 +83,19 @@ class Filing(Generic[F, T]):
                 weight = 1.0 if self._weight_of is None else check_positive("weight", self._weight_of(key))
             if len(self.flows) >= self._max_idle:
                 self._forget()
-            entry = self.virtual_time + (self.work - self._mark) / (self.backlogged + 1)
-            record = self.flows[key] = Flow(key, weight, self, entry, self._newcomers)
+            record = self.flows[key] = Flow(key, weight, self, self._entry(), self._newcomers)
             self._ring.append(record)
         elif weight is not None:
             if record.filed is not None:
                 self._weight += weight - record.weight
             record.weight, record.inverse = weight, 1.0 / weight
         return record
+
+    def _entry(self) -> float:
+        """Return the tag with which a flow begins that is not known, see Strangers in `stagetrio.fair_order`."""
+        moved = self._entered + (self.work - self._entered_work) / max(1, self.backlogged)
+        self._entered, self._entered_work = max(moved, self.virtual_time), self.work
+        return self._entered
 
     def _forget(self) -> None:
         ring = self._ring

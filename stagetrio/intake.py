@@ -128,6 +128,7 @@ class Intake(Generic[F, T]):
         self.closed = False
         self.waiting = 0  # tasks
         self.evicts = False  # the longest flow gives way instead
+        self.refuses = False  # nobody waits
         self._lines: OrderedDict[Flow[F, T], None] = OrderedDict()  # flows with waiting senders, next turn first
         self.blocked: set[Flow[F, T]] = set()  # those of them that are at their own bound
         self.drained = self.refused = 0
@@ -253,11 +254,21 @@ class Intake(Generic[F, T]):
         services = 1 + self.waiting if reason == "queue" else max(1, self.order.backlogged)
         return min(LONGEST_RETRY, services / rate) if rate else 0.0
 
-    async def send(self, record: Flow[F, T], item: T, cost: float, deadline: float = math.inf) -> None:
-        """Queue an item; wait for a place where there is none.
+    async def send(
+        self, record: Flow[F, T], item: T, cost: float, deadline: float = math.inf, by: object = None
+    ) -> None:
+        """Queue an item; wait for a place where there is none, unless nobody is to wait.
+
+        Args:
+            record: The item's flow.
+            item: The item.
+            cost: The work it is.
+            deadline: When it is not worth serving any more.
+            by: Whoever may `send_away` those that wait on its account.
 
         Raises:
             trio.ClosedResourceError: Nothing more is let in.
+            Overloaded: There is no place, and nobody is to wait.
 
         Checkpoints: Always. A cancelled send has not queued anything.
         """
@@ -269,18 +280,20 @@ class Intake(Generic[F, T]):
                 check_positive("cost", cost)
             self.put(record, item, cost, deadline)
             await cancel_shielded_checkpoint()
+        elif self.refuses:
+            self.send_nowait(record, item, cost, deadline)
         else:
             check_positive("cost", cost)
-            await self._wait(record, (item, cost, deadline))
+            await self._wait(record, (item, cost, deadline), by)
 
     @enable_ki_protection
-    async def _wait(self, record: Flow[F, T], sent: tuple[T, float, float]) -> None:
+    async def _wait(self, record: Flow[F, T], sent: tuple[T, float, float], by: object) -> None:
         task = current_task()
-        line: OrderedDict[Task, tuple[T, float, float]] | None = record.waiters
+        line: OrderedDict[Task, tuple[tuple[T, float, float], object]] | None = record.waiters
         if line is None:
             line = record.waiters = OrderedDict()
             self._lines[record] = None
-        line[task] = sent
+        line[task] = sent, by
         self.waiting += 1
 
         def leave(_: RaiseCancelT) -> Abort:
@@ -313,7 +326,7 @@ class Intake(Generic[F, T]):
             record = next(iter(lines))
             if self.refusal(record) is None:
                 unlucky = 0
-                task, sent = record.waiters.popitem(last=False)
+                task, (sent, _) = record.waiters.popitem(last=False)
                 self._left(record)
                 self.put(record, *sent)
                 reschedule(task)
@@ -325,13 +338,21 @@ class Intake(Generic[F, T]):
             if record in lines:
                 lines.move_to_end(record)
 
-    def close(self) -> None:
-        """Let nothing more in; whoever waits gets `trio.ClosedResourceError`."""
+    def send_away(self, record: Flow[F, T], by: object) -> None:
+        """Let nobody wait any more on that account; they get `trio.ClosedResourceError`."""
+        if record.waiters is not None:
+            for task in [task for task, (_, account) in record.waiters.items() if account is by]:
+                del record.waiters[task]
+                self._left(record)
+                reschedule(task, outcome.Error(trio.ClosedResourceError("the channel was closed")))
+
+    def close(self, error: type[trio.ClosedResourceError | trio.BrokenResourceError]) -> None:
+        """Let nothing more in; whoever waits gets the error."""
         self.closed = True
         self.soft = -1
         for record in [*self._lines, *self.blocked]:
             for task in record.waiters:
-                reschedule(task, outcome.Error(trio.ClosedResourceError("the queue was closed")))
+                reschedule(task, outcome.Error(error("the queue was closed")))
             record.waiters = None
         self._lines.clear()
         self.blocked.clear()
@@ -409,7 +430,8 @@ class FlowChannel(trio.abc.SendChannel[T], Generic[F, T]):
         """Queue an item; wait for a place where there is none: `FairQueue.send`.
 
         Raises:
-            trio.ClosedResourceError: The channel or its queue is closed.
+            trio.ClosedResourceError: The channel or its queue is closed, or was closed while this waited.
+            Overloaded: There is no place, and the queue was made with ``overflow="refuse"``.
 
         Checkpoints: Always. A cancelled send has not queued anything.
         """
@@ -426,13 +448,17 @@ class FlowChannel(trio.abc.SendChannel[T], Generic[F, T]):
                 intake.put(record, value, check_positive("cost", cost))
             await cancel_shielded_checkpoint()
         else:
-            await intake.send(record, value, cost)
+            await intake.send(record, value, cost, by=self)
 
     def close(self) -> None:
-        """Send nothing more through this channel. What is queued stays queued."""
+        """Send nothing more through this channel; who waits in its `send` gets `trio.ClosedResourceError`.
+
+        What is queued stays queued.
+        """
         if not self._closed:
             self._closed = True
             self._record.pins -= 1
+            self._intake.send_away(self._record, self)
 
     async def aclose(self) -> None:
         """Do what `close` does.

@@ -231,6 +231,11 @@ class Outlet(Generic[F, T]):
             self._receivers[task] = (take, max_items)  # somebody else was faster
             self._receivers.move_to_end(task, last=False)
 
+    def send_away(self, task: trio.lowlevel.Task) -> None:
+        """Let a task, if it waits for one item, wait no more: it gets `trio.ClosedResourceError`."""
+        if self._receivers.pop(task, None) is not None:
+            reschedule(task, outcome.Error(trio.ClosedResourceError("the channel was closed")))
+
     def hand_over(self) -> None:
         """Give queued items to waiting receivers, except those a woken receiver is about to collect."""
         while self._receivers and self._intake.items > self._collecting and self._order.head() is not None:

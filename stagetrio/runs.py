@@ -82,7 +82,6 @@ def take_runs(order: FairOrder[F, T], max_items: int, quantum: float) -> list[Ru
         max_items -= count
         if record.finish > order.virtual_time:
             order.virtual_time = record.finish
-            order._mark = order.work
         order.in_hand += count
         record.in_hand += count
         record.reserved += estimate * count * record.inverse

@@ -391,3 +391,63 @@ def test_a_weight_or_cost_that_is_none_is_refused(bad: float) -> None:
         with pytest.raises((TypeError, ValueError), match=f"cost .*{bad!r}"):
             send("x", bad)
     assert queue.statistics().items == 0
+
+
+async def test_where_nobody_is_to_wait_a_send_is_refused() -> None:
+    """``overflow="refuse"``: at either bound `send` raises what `send_nowait` raises, and queues nothing."""
+    queue: FairQueue[str, str] = FairQueue(2, max_items_per_flow=1, overflow="refuse")
+    channel = queue.open_flow("a")
+    await queue.send("a", "a0")
+    for send in (lambda: queue.send("a", "a1"), lambda: channel.send("a1")):
+        with pytest.raises(Overloaded) as caught:
+            await send()
+        assert caught.value.reason == "flow"
+    await queue.send("b", "b0")
+    with pytest.raises(Overloaded) as caught:
+        await queue.send("c", "c0")
+    assert caught.value.reason == "queue"
+    assert drain(queue) == ["a0", "b0"]
+    assert queue.statistics().refused == 3
+    with assert_checkpoints():
+        await queue.send("c", "c0")
+
+
+async def test_where_the_longest_gives_way_only_it_waits() -> None:
+    """``overflow="evict"``: `send` gets a place at once, unless its own flow is the one with the most items."""
+    shed: list[str] = []
+    queue: FairQueue[str, str] = FairQueue(2, overflow="evict", on_shed=lambda item, _: shed.append(item))
+    await queue.send("a", "a0")
+    await queue.send("a", "a1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(queue.send, "a", "a2")
+        await wait_all_tasks_blocked()
+        assert queue.statistics().tasks_waiting_send == 1
+        await queue.send("b", "b0")
+        assert shed == ["a1"]
+        assert drain(queue) == ["a0", "b0", "a2"]
+
+
+def test_an_answer_that_is_none_is_refused() -> None:
+    """What is to happen at the bound is one of three."""
+    with pytest.raises(ValueError, match=r"overflow must be .* not 'drop'"):
+        FairQueue(1, overflow="drop")  # type: ignore[arg-type]
+
+
+async def test_who_waits_by_a_channel_that_is_closed_is_told() -> None:
+    """Those who wait by other channels of the flow, or by its name, wait on."""
+    queue: FairQueue[str, str] = FairQueue(1)
+    queue.send_nowait("a", "a0")
+    channel, other = queue.open_flow("a"), queue.open_flow("a")
+
+    async def told() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await channel.send("never")
+
+    async with trio.open_nursery() as nursery:
+        for wait in (told, lambda: other.send("a1"), lambda: queue.send("a", "a2")):
+            nursery.start_soon(wait)
+            await wait_all_tasks_blocked()
+        channel.close()
+        await wait_all_tasks_blocked()
+        assert queue.statistics().tasks_waiting_send == 2
+        assert drain(queue) == ["a0", "a1", "a2"]

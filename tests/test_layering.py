@@ -105,6 +105,7 @@ FLOORS: dict[str, int | str] = {
     "remote_link": 4,
     "backlog": 5,
     "stage": 5,
+    "fair_channel": 5,
     "remote_workers": 5,
     "remote": 6,
     "thread_dispatch": 6,

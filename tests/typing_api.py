@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import assert_type, cast
+from typing import Any, assert_type, cast
 
 import attrs
 import trio
@@ -60,7 +60,8 @@ from stagetrio import (
 )
 from stagetrio.all_tickets import all_tickets
 from stagetrio.app import App
-from stagetrio.fair_queue import FlowChannel
+from stagetrio.fair_channel import open_fair_channel
+from stagetrio.fair_queue import CoDel, FlowChannel, PriorityClass
 
 
 @attrs.frozen
@@ -100,6 +101,23 @@ async def fair_queue() -> None:
     queue.send_nowait(7, Move("ada", 5))  # type: ignore[arg-type]
     queue.send_nowait("ada", "not a move")  # type: ignore[arg-type]
     FairQueue()  # type: ignore[call-arg]
+
+
+# The ends of a fair channel stand where a memory channel's stood.
+
+
+async def fair_channel() -> None:
+    queue: FairQueue[Any, Move] = FairQueue(
+        100, overflow="refuse", classes=[PriorityClass("only", codel=CoDel())], class_of=lambda _: "only"
+    )
+    send, receive = open_fair_channel(queue)
+    sender: trio.abc.SendChannel[Move] = send.clone()
+    receiver: trio.abc.ReceiveChannel[Move] = receive.clone()
+    await sender.send(Move("ada", 5))
+    assert_type(await receiver.receive(), Move)
+    assert_type(receive.receive_nowait(), Move)
+    send.send_nowait(7)  # type: ignore[arg-type]
+    FairQueue(100, overflow="drop")  # type: ignore[arg-type]
 
 
 # A rate cannot be confused with a number, nor a burst be forgotten.
