@@ -24,8 +24,9 @@ async def main() -> None:
     parser.add_argument("--name", required=True)
     parser.add_argument("--at", default="tcp://127.0.0.1:8800", metavar="ADDRESS")
     options = parser.parse_args()
+    join = Join(options.room, options.name)
     async with open_client(options.at, app.codec) as client, trio.open_nursery() as nursery:
-        members = await client.ask(Join(options.room, options.name))
+        members = await client.ask(join)
         print(f"in {options.room}: {', '.join(members.names)}", flush=True)
         nursery.start_soon(listen, client)
         async for line in trio.wrap_file(sys.stdin):
@@ -43,6 +44,8 @@ if __name__ == "__main__":
         trio.run(main)
     except OSError as error:
         sys.exit(f"{error}; is the server running? stagetrio run examples/chat.py")
+    except ValueError as error:  # of an address or a message
+        sys.exit(str(error))
     except BaseExceptionGroup as group:
         # Ctrl-C is the way to leave; what the server said at its end has been printed.
         if group.split((KeyboardInterrupt, trio.BrokenResourceError))[1] is not None:

@@ -27,6 +27,8 @@ if __name__ == "__main__":
         trio.run(main)
     except OSError as error:
         sys.exit(f"{error}; is the server running? stagetrio run examples/echo.py")
+    except ValueError as error:  # of an address or a message
+        sys.exit(str(error))
     except BaseExceptionGroup as group:
         # Ctrl-C is the way to leave; what the server said at its end has been printed.
         if group.split((KeyboardInterrupt, trio.BrokenResourceError))[1] is not None:
