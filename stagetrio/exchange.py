@@ -74,10 +74,10 @@ class Exchange(Generic[M]):
         if peer.closed:
             self.discarded += 1
             return
-        reply = await self._handler(peer, cast("M", payload))
+        reply: Any = await self._handler(peer, payload)  # type: ignore[arg-type] # messages are the payloads here
         if reply is None:
             peer.done()
-        elif not peer.reply(self._encode(cast("bytes", reply))):
+        elif not peer.reply(self._encode(reply)):
             self.undeliverable += 1
 
     async def _serve_message(self, item: Item) -> None:

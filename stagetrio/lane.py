@@ -250,6 +250,15 @@ class Lane:
             self.settle()
         return held
 
+    def discount(self, seconds: float) -> None:
+        """Say that the handler in hand has held the loop for so much less: others were served since it was to begin."""
+        self._before -= seconds
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """What the loop is metered by."""
+        return self._clock
+
     # What the loop asks.
 
     def end_of_slice(self) -> float:

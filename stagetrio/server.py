@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
+from functools import partial
 from itertools import islice
 from math import inf
 from typing import Any, Generic, TypeVar, cast
@@ -125,13 +126,12 @@ class StageServer(Generic[M]):
         self.limits = limits
         self._handler = handler
         self._framing = framing
-        called = handler if watchdog is None else self._handle_on_lane
+        called = handler if watchdog is None or handler_of is None else partial(self._dispatch_on_lane, handler_of)
         self._exchange = Exchange(called, framing, codec, on_error, on_refused)
         self._max_connections = max_connections
         self._admission = Admission() if admission is None else admission
         self._turned_away: set[Peer[M]] = set()  # while they are told so
         self._refuse = refuse
-        self._handler_of = handler_of
         self._flow = flow
         self._cancel_on_disconnect = cancel_on_disconnect
         self._on_error = on_error
@@ -151,6 +151,7 @@ class StageServer(Generic[M]):
             watchdog=watchdog,
             budget=budget,
             cost=None if cost is None else lambda item: cost(item[1]),
+            inner=handler,
             source=self._hub,
         )
         self._pacer = Pacer(tick) if tick else None
@@ -344,11 +345,13 @@ class StageServer(Generic[M]):
 
     # Slices and output.
 
-    def _handle_on_lane(self, peer: Peer[M], message: M) -> Coroutine[Any, Any, M | None]:
-        """Tell the watchdog whose frames may be stopped, the handler's and not the server's around it; then call."""
+    def _dispatch_on_lane(
+        self, handler_of: Callable[[M], Callable[..., Any]], peer: Peer[M], message: M
+    ) -> Coroutine[Any, Any, M | None]:
+        """Tell the watchdog whose frames may be stopped, those of the message's own handler; then call."""
         lane = self._stage.lane
         assert lane is not None
-        lane.handler = self._handler if self._handler_of is None else self._handler_of(message)
+        lane.handler = handler_of(message)
         return self._handler(peer, message)
 
     def _after_slice(self) -> None:

@@ -120,6 +120,7 @@ class Stage(Generic[T]):
             handler raises `trio.TooSlowError`, one past its budget `BudgetExceeded`.
         after_slice: Called when the leader is about to let others run: the place to write what the slice produced.
         max_handling: Seconds from a handler's first wait after which it is cancelled.
+        inner: With a watchdog, where ``handler`` only leads to it: the function in whose module handlers may be forced.
         source: What the leader waits for instead of waiting for the queue, and lets bring items to it. Whoever else
             sends to the queue, resumes a flow of it or closes it calls `Source.wake`.
 
@@ -142,6 +143,7 @@ class Stage(Generic[T]):
         on_error: Callable[[T, Exception], None] | None = None,
         after_slice: Callable[[], None] | None = None,
         max_handling: float = inf,
+        inner: Callable[..., Any] | None = None,
         source: Source | None = None,
     ) -> None:
         if workers < 1:
@@ -165,10 +167,13 @@ class Stage(Generic[T]):
         self._order_key = order_key
         self._overlap = overlap
         self._cost = cost
-        self._quantum = RUN if cost is None else 0.0
+        self._quantum = (
+            RUN if cost is None and budget == inf else 0.0
+        )  # a budget is for a handler, not for a run of them
         self._on_error = on_error
         self._after_slice = after_slice or (lambda: None)
         self._max_handling = max_handling
+        self._inner = handler if inner is None else inner
         self._source = source
         self._nursery: trio.Nursery | None = None
         self._workers = 0
@@ -339,58 +344,48 @@ class Stage(Generic[T]):
         return True
 
     async def _serve_slice(self, worker: Worker[T]) -> bool:
+        drained = await self._serve_batches(worker)
+        if worker.on_lane:
+            self._leave_lane(worker)
+        return drained
+
+    async def _serve_batches(self, worker: Worker[T]) -> bool:
         """Serve the batch, and more from the queue while the slice lasts, or until a handler has waited.
 
         Returns whether the queue was found empty.
         """
-        handler = self._handler if self._ticket is None else None
-        in_hand, cost, lane = self._in_hand, self._cost, worker.lane
-        then = perf_counter()
-        end = then + SLICE
+        clock = perf_counter if worker.lane is None else worker.lane.clock
+        end = clock() + SLICE if self._cost is None else inf
         while True:
             batch = self._batch
             while batch:
                 run = batch[-1]
-                items = run.items
-                count, spent = 0, 0.0
-                while items:
-                    if in_hand and self._park(run):
-                        continue
-                    item = items.pop()
-                    count += 1
-                    if lane is not None:
-                        self._begin(worker, lane, run, item)
-                    coroutine = handler(item) if handler is not None else self._start(run, item)
-                    try:
-                        trap = coroutine.send(None)
-                    except StopIteration:
-                        self._handled += 1
-                    except Exception as error:
-                        self._fail(item, error)
-                    else:
-                        if count > 1:
-                            run.settle(count - 1, spent)
-                        if not worker.occupied:
-                            self._occupy(worker, run, item)
-                        worker.item = item
-                        await self._finish(worker, run.single(item), coroutine, trap, perf_counter() - then)
-                        await self._serve_parked(worker)
-                        return False
-                    begun, then = then, perf_counter()
-                    held = then - begun if lane is None else lane.end()
-                    spent += held if cost is None else cost(item)
-                    if worker.occupied:  # it was made to wait
-                        run.settle(count, spent)
-                        await self._serve_parked(worker)
-                        return False
-                    if then > end and cost is None:
-                        run.settle(count, spent)
-                        self._put_back()
-                        return False
-                if count:
-                    run.settle(count, spent)
-                batch.pop()
-            if cost is not None:
+                coroutine = self._serve_run(worker, run, clock, end)
+                try:
+                    trap = coroutine.send(None)
+                except StopIteration:
+                    pass
+                except Exception as error:
+                    worker.spent = clock() - worker.begun
+                    self._book(worker)
+                    self._settle(worker)
+                    self._fail(worker.item, error)
+                else:
+                    if not worker.occupied:
+                        self._occupy(worker, run, worker.item)
+                    await self._finish(worker, run.single(worker.item), coroutine, trap, clock() - worker.begun)
+                    await self._serve_parked(worker)
+                    return False
+                if worker.occupied:  # it was made to wait
+                    await self._serve_parked(worker)
+                    return False
+                self._book(worker)
+                if not run.items:
+                    batch.pop()
+                elif worker.begun > end:
+                    self._put_back()
+                    return False
+            if self._cost is not None:
                 return False
             try:
                 self._batch = self._queue.receive_runs_nowait(BATCH, self._quantum)
@@ -400,6 +395,33 @@ class Stage(Generic[T]):
                 return False
             self._batch.reverse()
 
+    async def _serve_run(self, worker: Worker[T], run: Run[Any, T], clock: Callable[[], float], end: float) -> None:
+        """Call the handler with the items of a run in turn, until the slice is over or a handler has waited."""
+        items, in_hand, handler, cost, lane = run.items, self._in_hand, self._handler, self._cost, worker.lane
+        if self._ticket is not None:
+            handler = partial(self._handle_with_ticket, self._ticket, run.flow)
+        worker.run = run
+        worker.begun = clock()
+        to_begin = lane is not None
+        while items:
+            if in_hand and self._park(run):
+                continue
+            worker.item = item = items.pop()
+            if to_begin:
+                to_begin = False
+                self._begin(worker, run)
+            await handler(item)
+            if worker.occupied:
+                if worker.run is run:  # it did not wait, but was made to
+                    self._handled += 1
+                    self._settle(worker)
+                return
+            begun, worker.begun = worker.begun, clock()
+            worker.served += 1
+            worker.metered += worker.begun - begun if cost is None else cost(item)
+            if worker.begun > end:
+                break
+
     def _put_back(self) -> None:
         batch = self._batch  # the latest first, so that each flow's come back in order
         returned = 0
@@ -407,10 +429,22 @@ class Stage(Generic[T]):
             returned += 1
         del batch[:returned]
 
-    def _begin(self, worker: Worker[T], lane: Lane, run: Run[Any, T], item: T) -> None:
-        worker.run, worker.item = run, item
-        self.lane = lane
-        lane.begin(self._handler, run.flow, self._budget)
+    def _begin(self, worker: Worker[T], run: Run[Any, T]) -> None:
+        self.lane = lane = worker.lane
+        assert lane is not None
+        if worker.on_lane:
+            lane.lap()
+            lane.flow = run.flow
+        else:
+            worker.on_lane = True
+            lane.begin(self._inner, run.flow, self._budget)
+        self.lane = lane  # another one may have been looked at while this one waited
+
+    def _leave_lane(self, worker: Worker[T]) -> float:
+        """Return what the handler in hand has held the loop for, which has ended, whatever way."""
+        worker.on_lane = False
+        assert worker.lane is not None
+        return worker.lane.end()
 
     def _preempted(self, worker: Worker[T]) -> None:
         """The worker's handler waits for its turn to hold the loop."""
@@ -456,6 +490,7 @@ class Stage(Generic[T]):
 
     def _occupy(self, worker: Worker[T], run: Run[Any, T], item: T) -> None:
         """Leave the worker to its handler, which waits, and to what will be parked behind it; another one leads."""
+        self._book(worker)
         worker.key = self._key_of(run, item)
         if self._overlap > 1:
             self._share_parked(worker, worker.key[0])
@@ -471,9 +506,9 @@ class Stage(Generic[T]):
                 return
             run = worker.parked.popleft()
             item = run.items.pop()
-            if worker.lane is not None:
-                self._begin(worker, worker.lane, run, item)
             worker.item = item
+            if worker.lane is not None:
+                self._begin(worker, run)
             await self._finish(worker, run, self._start(run, item), None, 0.0)
             if not worker.scope.cancel_called:  # else it would be taken for the end of a handler that has ended
                 await trio.lowlevel.checkpoint()
@@ -502,14 +537,23 @@ class Stage(Generic[T]):
         worker.scope.deadline = inf
         self._settle(worker)
 
+    def _book(self, worker: Worker[T]) -> None:
+        """Settle what the worker has served without waiting."""
+        if worker.served:
+            if worker.lane is not None and self._cost is None:
+                worker.lane.discount(worker.metered)
+            self._handled += worker.served
+            worker.run.settle(worker.served, worker.metered)
+            worker.served, worker.metered = 0, 0.0
+
     def _settle(self, worker: Worker[T]) -> None:
-        spent = worker.spent if worker.lane is None else worker.lane.end()
+        spent = worker.spent if worker.lane is None else self._leave_lane(worker)
         worker.run.settle(1, spent if self._cost is None else self._cost(worker.item))
 
     def _settle_cancelled(self, worker: Worker[T]) -> None:
         """Book a handler that was cancelled alone."""
         lane = worker.lane
-        handler = self._handler if lane is None or lane.handler is None else lane.handler
+        handler = self._inner if lane is None or lane.handler is None else lane.handler
         self._settle(worker)
         if worker.cancelled:
             self._cancelled += 1

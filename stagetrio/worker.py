@@ -21,16 +21,36 @@ Handling = Coroutine[Any, Any, object]
 class Worker(Generic[T]):
     """A worker task, and, while its handler is occupied, the key in hand and what waits behind it."""
 
-    __slots__ = ("cancelled", "held", "item", "key", "lane", "occupied", "parked", "run", "scope", "spent", "task")
+    __slots__ = (
+        "begun",
+        "cancelled",
+        "held",
+        "item",
+        "key",
+        "lane",
+        "metered",
+        "occupied",
+        "on_lane",
+        "parked",
+        "run",
+        "scope",
+        "served",
+        "spent",
+        "task",
+    )
 
     def __init__(self, task: Task, lane: Lane | None) -> None:
         self.task = task
         self.lane = lane
         self.scope = trio.CancelScope()
+        self.on_lane = False  # a handler, or a run of them, has begun on the lane and not ended
         self.occupied = False
         self.cancelled = False  # by `Stage.cancel`, not by its deadline
         self.item: T  # in hand
-        self.run: Run[Any, T]  # the item in hand as a run of its own, to be settled
+        self.run: Run[Any, T]  # to be settled: the one being served, or the item in hand as a run of its own
+        self.served = 0  # items of the run that have been served without waiting and are not settled
+        self.metered = 0.0  # what they have cost
+        self.begun = 0.0  # when the item in hand began, by the real clock
         self.spent = 0.0  # seconds the item in hand has held the loop
         self.key: Any = None  # in hand; where handlers of one key may overlap: the key and a number
         self.parked: deque[Run[Any, T]] = deque()  # at most MAX_PARKED and what was left of a batch
