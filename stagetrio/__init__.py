@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from stagetrio.codec import Done as Done
     from stagetrio.codec import Failed as Failed
     from stagetrio.codec import Refused as Refused
+    from stagetrio.datagrams import DatagramServer as DatagramServer
+    from stagetrio.datagrams import serve_datagrams as serve_datagrams
     from stagetrio.fair_channel import open_fair_channel as open_fair_channel
     from stagetrio.fair_queue import Delivery as Delivery
     from stagetrio.fair_queue import FairQueue as FairQueue
@@ -57,8 +59,10 @@ if TYPE_CHECKING:
     from stagetrio.server import serve_stage as serve_stage
     from stagetrio.shed import Shedder as Shedder
     from stagetrio.snapshot import Snapshot as Snapshot
+    from stagetrio.sockets import open_datagram_sockets as open_datagram_sockets
     from stagetrio.sockets import open_listeners as open_listeners
     from stagetrio.sojourn import CoDel as CoDel
+    from stagetrio.sources import Source as Source
     from stagetrio.stage import Stage as Stage
     from stagetrio.stall import Stall as Stall
     from stagetrio.ticket import Ticket as Ticket
@@ -81,6 +85,7 @@ _ROOMS = {
     "CoDel": "sojourn",
     "Closed": "codec",
     "Codec": "codec",
+    "DatagramServer": "datagrams",
     "Delivery": "fair_queue",
     "Done": "codec",
     "Failed": "codec",
@@ -109,6 +114,7 @@ _ROOMS = {
     "RetryBudget": "retry",
     "Shedder": "shed",
     "Snapshot": "snapshot",
+    "Source": "sources",
     "Stage": "stage",
     "StageServer": "server",
     "Stall": "stall",
@@ -120,6 +126,7 @@ _ROOMS = {
     "no_preempt": "preempt",
     "open_client": "client",
     "open_fair_channel": "fair_channel",
+    "open_datagram_sockets": "sockets",
     "open_listeners": "sockets",
     "open_nursery_pool": "nursery_pool",
     "open_remote": "remote",
@@ -127,6 +134,7 @@ _ROOMS = {
     "open_remote_workers": "remote",
     "open_watchdog": "watchdog",
     "secure": "tls",
+    "serve_datagrams": "datagrams",
     "serve_remote": "remote",
     "serve_remote_stream": "remote",
     "serve_stage": "server",

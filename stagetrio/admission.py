@@ -30,10 +30,10 @@ from math import inf
 
 import attrs
 
+from stagetrio.addresses import Address
 from stagetrio.limiter import FlowRateLimiter, RateLimiter
 from stagetrio.networks import Networks, ip_of, prefix_of
 from stagetrio.overload import Overloaded
-from stagetrio.sockets import Address
 
 _GOLDEN = 0.6180339887498949  # the fractional part of the golden ratio
 

@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar, cast
 import trio
 
 from stagetrio.codec import Closed, Codec, Done, Failed, Refused
-from stagetrio.framing import Framing, ProtocolError
+from stagetrio.framing import ProtocolError
 from stagetrio.limiter import Overloaded
 from stagetrio.peer import Peer
 from stagetrio.rules import CloseReason
@@ -43,7 +43,7 @@ class Exchange(Generic[M]):
 
     Args:
         handler: Called with a peer and a message.
-        framing: How messages lie on the wire.
+        encode: Makes a frame of a payload.
         codec: What the messages are; None: the payloads themselves.
         on_error: Called with a peer and what its handler raised; None: it propagates.
         on_refused: Without a codec: what to answer to a refused message.
@@ -52,13 +52,13 @@ class Exchange(Generic[M]):
     def __init__(
         self,
         handler: Handler[M],
-        framing: Framing,
+        encode: Callable[[bytes], bytes],
         codec: Codec[M] | None,
         on_error: Callable[[Peer[M], Exception], None] | None,
         on_refused: Callable[[Peer[M], Overloaded], bytes | None] | None,
     ) -> None:
         self._handler = handler
-        self._encode = framing.encode
+        self._encode = encode
         self._codec = codec
         self._on_error = on_error
         self._on_refused = on_refused

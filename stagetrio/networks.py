@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 
-from stagetrio.sockets import Address, TcpAddress
+from stagetrio.addresses import Address, TcpAddress, UdpAddress
 
 _Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -19,7 +19,7 @@ def ip_of(address: Address | None) -> _Ip | None:
 
     Cost: about 2 µs.
     """
-    if not isinstance(address, TcpAddress):
+    if not isinstance(address, TcpAddress | UdpAddress):
         return None
     try:
         ip = ipaddress.ip_address(address.host)

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 
 import trio
 
-from stagetrio.sockets import BACKLOG, Address, SocketListener, TcpAddress, address_of, open_listeners, parse_address
+from stagetrio.addresses import Address, TcpAddress, address_of, parse_listening_address
+from stagetrio.sockets import BACKLOG, SocketListener, open_listeners
 
 PER_WORKER = sys.platform == "linux"
 
@@ -90,7 +91,7 @@ async def open_worker_sockets(addresses: Sequence[str | Address], *, per_worker:
     """
     if not addresses:
         raise ValueError("addresses must name at least one place to listen, not ()")
-    parsed = [parse_address(address) if isinstance(address, str) else address for address in addresses]
+    parsed = [parse_listening_address(address) for address in addresses]
     own = [address for address in parsed if per_worker and isinstance(address, TcpAddress)]
     others = [address for address in parsed if address not in own]
     listeners = await open_listeners(*others) if others else []

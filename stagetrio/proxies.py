@@ -29,12 +29,12 @@ from weakref import WeakMethod
 import attrs
 import trio
 
+from stagetrio.addresses import Address, UnixAddress
 from stagetrio.framing import ProtocolError
 from stagetrio.networks import Networks, ip_of
 from stagetrio.proxy_header import parse_header
 from stagetrio.reaper import Reaper
 from stagetrio.rules import CloseReason
-from stagetrio.sockets import Address, UnixAddress
 from stagetrio.transport import OnData, OnEnd, OnWritable, Transport
 
 Welcome = Callable[[Transport, Address | None], None]

@@ -34,8 +34,8 @@ from struct import Struct
 
 import attrs
 
+from stagetrio.addresses import TcpAddress, UnixAddress
 from stagetrio.framing import ProtocolError
-from stagetrio.sockets import TcpAddress, UnixAddress
 
 MAX_BYTES = 4096  # of a header of version 2; addresses take 232 at most, and the rest is left for what proxies add
 _LINE = 107  # bytes of the longest header of version 1

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import trio
 
+from stagetrio.addresses import Address, parse_listening_address
 from stagetrio.app import App
 from stagetrio.service import notify, pid_file
-from stagetrio.sockets import Address, parse_address
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -88,7 +88,7 @@ def check_addresses(addresses: Sequence[str]) -> None:
     """Raise `Mendable` for the first address that makes no sense."""
     for address in addresses:
         try:
-            parse_address(address)
+            parse_listening_address(address)
         except ValueError as error:
             raise Mendable(f"{error}; write for instance --bind tcp://127.0.0.1:8800") from None
 

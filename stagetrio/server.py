@@ -127,7 +127,7 @@ class StageServer(Generic[M]):
         self._handler = handler
         self._framing = framing
         called = handler if watchdog is None or handler_of is None else partial(self._dispatch_on_lane, handler_of)
-        self._exchange = Exchange(called, framing, codec, on_error, on_refused)
+        self._exchange = Exchange(called, framing.encode, codec, on_error, on_refused)
         self._max_connections = max_connections
         self._admission = Admission() if admission is None else admission
         self._turned_away: set[Peer[M]] = set()  # while they are told so
@@ -406,8 +406,9 @@ class StageServer(Generic[M]):
         return len(frames)
 
     def _enqueue(self, peer: Peer[Any], frames: list[bytes]) -> tuple[int, int]:
-        self._wake_leader()
         queued: int = peer.channel.send_many_nowait([(peer, frame) for frame in frames])
+        if queued:  # else a leader that offers room where there is none would wake itself for ever
+            self._wake_leader()
         if queued == len(frames):
             return queued, 0
         if not self._refuse:
@@ -421,6 +422,7 @@ class StageServer(Generic[M]):
                 if peer.closed:  # it was no message, or the owner has had enough of it
                     break
             else:
+                self._wake_leader()
                 return queued + 1, refused
         return queued, len(frames) - queued
 

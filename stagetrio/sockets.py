@@ -1,14 +1,13 @@
-"""Addresses, and the sockets behind them.
+"""The sockets behind addresses.
 
-An address is a string a person can type into a shell: ``tcp://127.0.0.1:8800``, ``tcp://[::1]:8800``,
-``unix:///run/game.sock`` (a path relative to the working directory has no third slash: ``unix://game.sock``),
-``fd://3`` for a listening socket which whoever started this process has opened (see `inherited_addresses`).
-`parse_address` turns it into a value, `open_listeners` into listening sockets, `connect` into a stream.
+Of an address (`stagetrio.addresses`) `open_listeners` makes listening sockets, `open_datagram_sockets` sockets that
+receive datagrams, and `connect` a stream.
 
-Which families a TCP listener serves: ``tcp://192.0.2.1:80`` IPv4, ``tcp://[2001:db8::1]:80`` IPv6, ``tcp://[::]:80``
-both by one socket (IPv4 addresses appear as ``::ffff:192.0.2.1``), ``tcp://:80`` both by a socket each.
+Which families a listener serves: ``tcp://192.0.2.1:80`` IPv4, ``tcp://[2001:db8::1]:80`` IPv6, ``tcp://[::]:80``
+both by one socket (IPv4 addresses appear as ``::ffff:192.0.2.1``), ``tcp://:80`` both by a socket each. Datagram
+sockets do alike.
 
-What is set on every TCP connection, and why:
+What is set on every TCP connection, and, where it says so, on listeners and datagram sockets, and why:
 
 ================= ======== =================================================================================
 option            value    reason
@@ -18,10 +17,12 @@ SO_KEEPALIVE      on       with 60 s idle, 10 s apart, 3 probes: a vanished peer
                            connections, `PeerLimits.vanished_within` says when
 TCP_NOTSENT_LOWAT 16 KiB   more output waits in the outbox, where it is bounded and a slow reader is noticed
 TCP_USER_TIMEOUT  90 s     the same bound while output waits to be acknowledged, when no probes are sent
-SO_REUSEADDR      on       (listeners) a restarted server can bind while old connections linger; not on Windows
-SO_REUSEPORT      choice   (listeners) several processes may listen on one port, and the kernel shares out connections;
-                           off by default, as it also lets another process of the same user take a share unnoticed
-IPV6_V6ONLY       on       (IPv6 listeners) one listener per family, as trio does; off for ``[::]``, which serves both
+SO_REUSEADDR      on       (listeners) a restarted server can bind while old connections linger; not on Windows; off
+                           for datagrams, where it would let a second process take the port
+SO_REUSEPORT      choice   (listeners, datagrams) several processes may have one port, and the kernel shares out what
+                           comes; off by default, as another process of the same user may take a share unnoticed
+IPV6_V6ONLY       on       (IPv6) one socket per family, as trio does; off for ``[::]``, which serves both
+SO_RCVBUF         1 MiB    (datagrams) what comes in one burst waits there; the kernel caps it at ``net.core.rmem_max``
 SO_LINGER         unset    closing waits for nobody; the peers linger, within bounds, before they close
 backlog           1,024    connections waiting to be accepted; the kernel caps it at ``net.core.somaxconn``
 ================= ======== =================================================================================
@@ -37,101 +38,42 @@ import sys
 from collections.abc import MutableMapping
 from contextlib import suppress
 from math import inf
-from urllib.parse import urlsplit
 
-import attrs
 import trio
+
+from stagetrio.addresses import (
+    Address,
+    FdAddress,
+    TcpAddress,
+    UdpAddress,
+    UnixAddress,
+    address_of,
+    parse_address,
+    parse_listening_address,
+)
+
+__all__ = [
+    "Address",
+    "FdAddress",
+    "SocketListener",
+    "TcpAddress",
+    "UdpAddress",
+    "UnixAddress",
+    "UnixListener",
+    "address_of",
+    "connect",
+    "inherited_addresses",
+    "open_datagram_sockets",
+    "open_listeners",
+    "parse_address",
+    "set_connection_options",
+]
 
 VANISHED_WITHIN = 90.0  # seconds
 KEEPALIVE_PROBES = 3
 UNSENT = 16384  # bytes of output in the kernel, of a TCP connection, that have not been sent yet
+RECEIVE_BUFFER = 1 << 20  # bytes of datagrams, per socket
 BACKLOG = 1024  # connections waiting to be accepted, per listener
-
-
-@attrs.frozen
-class TcpAddress:
-    """A TCP endpoint.
-
-    Args:
-        host: A name or a numeric IPv4 or IPv6 address, without brackets; ``""`` listens on every interface.
-        port: 0 to 65535; 0 lets the system choose when listening.
-    """
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
-
-
-@attrs.frozen
-class UnixAddress:
-    """A Unix-domain stream socket.
-
-    Args:
-        path: Of the socket in the file system.
-    """
-
-    path: str
-
-    def __str__(self) -> str:
-        return f"unix://{self.path}"
-
-
-@attrs.frozen
-class FdAddress:
-    """A listening socket inherited from the process that started this one.
-
-    Args:
-        fd: Its descriptor, ≥ 0.
-    """
-
-    fd: int
-
-    def __str__(self) -> str:
-        return f"fd://{self.fd}"
-
-
-Address = TcpAddress | UnixAddress | FdAddress
-
-
-def parse_address(address: str) -> Address:
-    """Read an address as people write it.
-
-    Raises:
-        ValueError: The scheme is unknown, or the rest does not fit it; the message says what would.
-    """
-    if not isinstance(address, str):
-        raise TypeError(f"address must be a str, not {address!r}")
-    scheme, separator, rest = address.partition("://")
-    if not separator:
-        raise ValueError(f"address must start with tcp://, unix:// or fd://, not {address!r}")
-    if scheme == "unix":
-        if not rest or "\0" in rest:
-            raise ValueError(f"address must be unix:///path/of.sock, not {address!r}")
-        return UnixAddress(rest)
-    if scheme == "fd":
-        if not (rest.isascii() and rest.isdigit()):
-            raise ValueError(f"address must be fd:// and the number of a descriptor, not {address!r}")
-        return FdAddress(int(rest))
-    if scheme != "tcp":
-        raise ValueError(f"address has an unknown scheme {scheme!r} (tcp, unix and fd are known): {address!r}")
-    try:
-        parts = urlsplit(address)
-        port = parts.port
-    except ValueError as error:
-        raise ValueError(f"address must be tcp://host:port, not {address!r}: {error}") from None
-    if port is None or parts.path or parts.query or parts.fragment or parts.username is not None:
-        raise ValueError(f"address must be tcp://host:port, not {address!r}")
-    return TcpAddress(parts.hostname or "", port)
-
-
-def address_of(sock: socket.socket | trio.socket.SocketType, *, remote: bool = False) -> Address:
-    """Return the address a socket is bound to, or, with ``remote``, whom it is connected to."""
-    name = sock.getpeername() if remote else sock.getsockname()
-    if isinstance(name, tuple):
-        return TcpAddress(name[0], name[1])
-    return UnixAddress(os.fsdecode(name))
 
 
 class UnixListener(trio.abc.Listener[trio.SocketStream]):
@@ -195,7 +137,7 @@ async def open_listeners(
         raise ValueError(f"backlog must be at least 1, not {backlog!r}")
     if mode is not None and not 0 <= mode <= 0o777:
         raise ValueError(f"mode must be permission bits between 0 and 0o777, not {mode!r}")
-    parsed = [parse_address(a) if isinstance(a, str) else a for a in addresses]
+    parsed = [parse_listening_address(address) for address in addresses]
     listeners: list[SocketListener] = []
     try:
         for address in parsed:
@@ -251,12 +193,82 @@ async def _listen_tcp(address: TcpAddress, backlog: int, reuse_port: bool) -> li
 
 
 def _listen_inherited(fd: int) -> trio.SocketListener:
-    sock = socket.socket(fileno=fd)  # from here on it is the listener's, and closed with it
+    otherwise = "the descriptor is no listening socket"
+    sock = _inherit(fd, socket.SOCK_STREAM, otherwise)
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return trio.SocketListener(sock)
+    sock.detach()
+    raise OSError(errno.EINVAL, otherwise)
+
+
+async def open_datagram_sockets(*addresses: str | Address, reuse_port: bool = False) -> list[trio.socket.SocketType]:
+    """Open sockets that receive datagrams: one per numeric address that a host stands for.
+
+    All or none: when one cannot be opened, those opened before it are closed. A socket of all interfaces answers from
+    whichever address the way back has; where there are several, name the one that clients know.
+
+    Args:
+        addresses: Where datagrams come in: ``udp://host:port``, or ``fd://3`` for a socket opened already.
+        reuse_port: Whether other processes may have the same ports, if they say so too.
+
+    Raises:
+        ValueError: An address makes no sense, or is none for datagrams.
+        OSError: The address is in use or not ours, or the descriptor is no datagram socket; the address is in the
+            message.
+
+    Checkpoints: at least once; a cancellation leaves nothing open.
+    """
+    if not addresses:
+        raise ValueError("addresses must name at least one place to receive datagrams, not ()")
+    parsed = [parse_address(a) if isinstance(a, str) else a for a in addresses]
+    opened: list[trio.socket.SocketType] = []
     try:
-        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise OSError(errno.EINVAL, "the descriptor is no listening socket")
+        for address in parsed:
+            try:
+                if isinstance(address, UdpAddress):
+                    opened += await _bind_udp(address, reuse_port)
+                elif isinstance(address, FdAddress):
+                    opened.append(_inherit(address.fd, socket.SOCK_DGRAM, "the descriptor is no datagram socket"))
+                else:
+                    raise ValueError(f"addresses must be ones for datagrams, not {address}")
+            except OSError as error:
+                raise _with_address(error, address) from error
+        await trio.lowlevel.checkpoint()
+    except BaseException:
+        for sock in opened:
+            sock.close()
+        raise
+    return opened
+
+
+async def _bind_udp(address: UdpAddress, reuse_port: bool) -> list[trio.socket.SocketType]:
+    found = await trio.socket.getaddrinfo(
+        address.host or None, address.port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE
+    )
+    bound: list[trio.socket.SocketType] = []
+    try:
+        for family, type_, protocol, _name, where in found:
+            bound.append(sock := trio.socket.socket(family, type_, protocol))
+            if reuse_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address.host != "::")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+            await sock.bind(where)
+    except BaseException:
+        for sock in bound:
+            sock.close()
+        raise
+    return bound
+
+
+def _inherit(fd: int, kind: int, otherwise: str) -> trio.socket.SocketType:
+    sock = socket.socket(fileno=fd)  # from here on it is its new owner's, and closed with it
+    try:
+        if sock.type != kind:
+            raise OSError(errno.EINVAL, otherwise)
         sock.set_inheritable(False)
-        return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+        return trio.socket.from_stdlib_socket(sock)
     except BaseException:
         sock.detach()
         raise
@@ -327,7 +339,7 @@ async def connect(address: str | Address) -> trio.SocketStream:
     Checkpoints: at least once; a cancellation leaves nothing open.
     """
     parsed = parse_address(address) if isinstance(address, str) else address
-    if isinstance(parsed, FdAddress):
+    if isinstance(parsed, FdAddress | UdpAddress):
         raise ValueError(f"address must be one to connect to, not {parsed}")
     if isinstance(parsed, UnixAddress):
         return await trio.open_unix_socket(parsed.path)

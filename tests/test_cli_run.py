@@ -400,8 +400,8 @@ EXAMPLE = "write for instance --bind tcp://127.0.0.1:8800"
 @pytest.mark.parametrize(
     ("address", "problem", "mend"),
     [
-        ("udp://h:1", "address has an unknown scheme 'udp' (tcp, unix and fd are known): 'udp://h:1'", EXAMPLE),
-        ("h:8800", "address must start with tcp://, unix:// or fd://, not 'h:8800'", EXAMPLE),
+        ("udp://h:1", "addresses must be ones to accept connections on, not udp://h:1", EXAMPLE),
+        ("h:8800", "address must start with tcp://, udp://, unix:// or fd://, not 'h:8800'", EXAMPLE),
         (
             "tcp://h:99999",
             "address must be tcp://host:port, not 'tcp://h:99999': Port out of range 0-65535",

@@ -155,3 +155,26 @@ async def test_arena_judges_strikes() -> None:
             assert await ada.ask(Strike("bob")) == Verdict(False, "too far away")
             assert await ada.ask(Strike("eve")) == Verdict(False, "nobody is called eve")
         nursery.cancel_scope.cancel()
+
+
+async def test_datagrams() -> None:
+    """Who shows where it is gets the long answer, each its own count; SIGTERM drains the server."""
+    script = [sys.executable, "-W", "error", str(EXAMPLES / "datagrams.py")]
+    process = await trio.lowlevel.open_process([*script, "udp://127.0.0.1:0"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        with trio.fail_after(60):
+            address = (await Lines(process.stdout).next()).removeprefix("receiving at ")
+            for name in ("ada", "bob"):
+                done = await trio.run_process([*script, address, "--ping", name], capture_stdout=True)
+                words = rf"Hello {name}, you are at udp://127\.0\.0\.1:\d+, and I have heard you\. \(1\)\n"
+                assert re.fullmatch(words, done.stdout.decode())
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == 0
+            late = await trio.run_process([*script, address, "--ping", "eve"], capture_stderr=True, check=False)
+            assert late.stderr.decode() == f"nobody is at {address}: python examples/datagrams.py {address}\n"
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        await process.stdout.aclose()

@@ -188,6 +188,19 @@ async def test_ten_thousand_messages_to_a_full_queue_all_come_back(kind: str) ->
         assert 0 < most <= 20
 
 
+async def test_a_full_queue_behind_busy_workers_leaves_the_loop_idle(kind: str, autojump_clock: MockClock) -> None:
+    """Whoever wants room is not offered it for ever where there is none; time, which jumps when idle, goes on."""
+
+    async def handler(peer: Peer[bytes], message: bytes) -> bytes:
+        await trio.sleep(1)
+        return message
+
+    async with serving(kind, handler, workers=1, max_items=1) as running:
+        client = await running.connect()
+        await client.send(*[b"x"] * 20)
+        assert [await client.receive() for _ in range(20)] == [b"x"] * 20
+
+
 async def test_ten_thousand_messages_to_a_full_queue_are_refused_with_a_reason(kind: str) -> None:
     """With ``refuse`` each message gets its reply or its refusal, by id, and a polite peer is served meanwhile."""
     proceed = trio.Event()

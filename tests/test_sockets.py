@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from stagetrio.sockets import (
     FdAddress,
     SocketListener,
     TcpAddress,
+    UdpAddress,
     UnixAddress,
     address_of,
     connect,
     inherited_addresses,
+    open_datagram_sockets,
     open_listeners,
     parse_address,
     set_connection_options,
@@ -31,6 +34,8 @@ from stagetrio.sockets import (
         ("tcp://localhost:0", TcpAddress("localhost", 0)),
         ("tcp://[::1]:80", TcpAddress("::1", 80)),
         ("tcp://:80", TcpAddress("", 80)),
+        ("udp://127.0.0.1:53", UdpAddress("127.0.0.1", 53)),
+        ("udp://[::1]:53", UdpAddress("::1", 53)),
         ("unix:///run/game.sock", UnixAddress("/run/game.sock")),
         ("unix://game.sock", UnixAddress("game.sock")),
         ("fd://3", FdAddress(3)),
@@ -55,6 +60,8 @@ def test_addresses_read_back_as_they_were_written(text: str, address: object) ->
         "tcp://localhost:80/path",
         "tcp://user@localhost:80",
         "tcp://[::1:80",
+        "udp://localhost",
+        "udp://localhost:80/path",
         "unix://",
         "unix:///a\0b",
         "fd://",
@@ -270,3 +277,117 @@ async def test_an_inherited_socket_is_no_place_to_connect_to() -> None:
     """Only to listen on."""
     with pytest.raises(ValueError, match="address must be one to connect to, not fd://3"):
         await connect("fd://3")
+
+
+async def test_datagram_sockets_are_bound_and_know_where() -> None:
+    """With room for a burst, each family by itself; both by one socket where it says so."""
+    (sock,) = await open_datagram_sockets("udp://127.0.0.1:0")
+    with sock, socket.socket(type=socket.SOCK_DGRAM) as plain:
+        address = address_of(sock)
+        assert isinstance(address, UdpAddress)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= plain.getsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVBUF
+        )
+        assert not sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+        (six,) = await open_datagram_sockets(f"udp://[::1]:{address.port}")
+        six.close()
+        with pytest.raises(OSError, match=f"cannot listen on {address}: Address already in use"):
+            await open_datagram_sockets(address)
+    (both,) = await open_datagram_sockets("udp://[::]:0")
+    with both:
+        assert not both.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+
+
+async def test_a_datagram_port_is_shared_only_by_those_who_both_say_so() -> None:
+    """As a listener's is."""
+    (one,) = await open_datagram_sockets("udp://127.0.0.1:0", reuse_port=True)
+    with one:
+        (two,) = await open_datagram_sockets(address_of(one), reuse_port=True)
+        assert address_of(two) == address_of(one)
+        two.close()
+        with pytest.raises(OSError, match="cannot listen on udp://"):
+            await open_datagram_sockets(address_of(one))
+
+
+async def test_datagram_sockets_come_all_or_none() -> None:
+    """When one cannot be had, those opened before it are closed."""
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match=r"cannot listen on udp://192\.0\.2\.1:1: "):
+        await open_datagram_sockets("udp://127.0.0.1:0", "udp://192.0.2.1:1")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_an_inherited_datagram_socket_is_taken() -> None:
+    """A socket of another kind is left open, whichever of the two it was asked for."""
+    with socket.socket(type=socket.SOCK_DGRAM) as sock, socket.create_server(("127.0.0.1", 0)) as listening:
+        sock.bind(("127.0.0.1", 0))
+        with pytest.raises(OSError, match="the descriptor is no datagram socket"):
+            await open_datagram_sockets(f"fd://{listening.fileno()}")
+        with pytest.raises(OSError, match="the descriptor is no listening socket"):
+            await open_listeners(f"fd://{sock.fileno()}")
+        os.fstat(listening.fileno())
+        name = sock.getsockname()
+        (taken,) = await open_datagram_sockets(f"fd://{sock.detach()}")
+        with taken:
+            assert taken.getsockname() == name
+            assert not os.get_inheritable(taken.fileno())
+
+
+async def test_each_kind_of_socket_has_its_own_addresses() -> None:
+    """Datagrams are not accepted, and connections are no datagrams."""
+    with pytest.raises(ValueError, match="addresses must be ones to accept connections on, not udp://h:1"):
+        await open_listeners("udp://h:1")
+    with pytest.raises(ValueError, match="address must be one to connect to, not udp://h:1"):
+        await connect("udp://h:1")
+    with pytest.raises(ValueError, match="addresses must be ones for datagrams, not tcp://h:1"):
+        await open_datagram_sockets("tcp://h:1")
+    with pytest.raises(ValueError, match="addresses must name at least one place to receive datagrams"):
+        await open_datagram_sockets()
+
+
+SERVICE = """
+import sys, trio
+from stagetrio import open_datagram_sockets, open_listeners
+from stagetrio.sockets import inherited_addresses
+
+async def main():
+    stream, datagrams = inherited_addresses()
+    (listener,) = await open_listeners(stream)
+    (sock,) = await open_datagram_sockets(datagrams)
+    async with await listener.accept() as client:
+        await client.send_all(await client.receive_some(5))
+    data, name = await sock.recvfrom(5)
+    await sock.sendto(data, name)
+    assert inherited_addresses() == []
+
+trio.run(main)
+"""
+
+# What a service manager does: sockets from descriptor 3 on, and the number of the process they are meant for.
+ACTIVATE = """
+import fcntl, os, sys
+kept = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]  # out of the way of 3 and 4
+for number, fd in enumerate(kept):
+    os.dup2(fd, 3 + number, inheritable=True)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="2")
+os.execv(sys.executable, [sys.executable, "-c", sys.argv[3]])
+"""
+
+
+async def test_a_service_is_started_with_its_sockets_in_hand() -> None:
+    """Who connects or sends before it runs is served when it does."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket(type=socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        with (
+            socket.create_connection(listening.getsockname()) as early,
+            socket.socket(type=socket.SOCK_DGRAM) as client,
+        ):
+            early.sendall(b"early")
+            client.connect(sock.getsockname())
+            client.send(b"datag")
+            fds = [listening.fileno(), sock.fileno()]
+            command = [sys.executable, "-W", "error", "-c", ACTIVATE, *map(str, fds), SERVICE]
+            with trio.fail_after(60):
+                await trio.run_process(command, pass_fds=fds)
+            assert early.recv(5) == b"early"
+            assert client.recv(5) == b"datag"

@@ -19,6 +19,7 @@ from stagetrio import (
     BudgetExceeded,
     CloseReason,
     Codec,
+    DatagramServer,
     Delivery,
     FairQueue,
     FlowRateLimiter,
@@ -39,6 +40,7 @@ from stagetrio import (
     RequestFailed,
     RetryBudget,
     Snapshot,
+    Source,
     Stage,
     StageServer,
     Stall,
@@ -48,12 +50,14 @@ from stagetrio import (
     WorkerLost,
     no_preempt,
     open_client,
+    open_datagram_sockets,
     open_listeners,
     open_nursery_pool,
     open_remote,
     open_remote_stream,
     open_remote_workers,
     open_watchdog,
+    serve_datagrams,
     serve_remote,
     serve_remote_stream,
     serve_stage,
@@ -297,6 +301,16 @@ async def answer(peer: Peer[Move | Verdict], message: Move | Verdict) -> Move | 
     return Verdict("ada") if isinstance(message, Move) else None
 
 
+async def tell(source: Source[Move | Verdict], message: Move | Verdict) -> Move | Verdict | None:
+    assert_type(source.verify(source.token()), bool)
+    source.send_nowait("not a message")  # type: ignore[arg-type]
+    return message
+
+
+def note(source: Source[Move | Verdict], error: Exception) -> None:
+    source.data = error
+
+
 codec: Codec[Move | Verdict] = Codec([Move, Verdict])
 
 
@@ -311,6 +325,11 @@ async def servers() -> None:
         await server.drain(5.0)
     await serve_stage(answer, listeners, framing=LengthPrefixed(1 << 16), codec=codec, flow=lambda peer: peer.address)
     await serve_stage(answer, listeners, codec=codec, proxies=Proxies(["10.0.0.0/8", "unix"], header_within=5))
+    sockets = await open_datagram_sockets("udp://127.0.0.1:0", reuse_port=True)
+    async with trio.open_nursery() as nursery:
+        receive = partial(serve_datagrams, tell, sockets, codec=codec, flow=lambda source: source.data, on_error=note)
+        receiver: DatagramServer[Move | Verdict] = await nursery.start(receive)
+        assert_type(receiver.statistics().dropped, dict[str, int])
     rates = InputRates(message_rate=Rate(100), total_byte_rate=Rate(1e8), burst=0.5)
     await serve_stage(answer, listeners, codec=codec, input_rates=rates, max_running=4, refuse=True)
 
