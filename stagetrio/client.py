@@ -18,6 +18,7 @@ from typing import Any
 
 import trio
 
+from stagetrio.backstage import open_backstage
 from stagetrio.codec import Closed, Codec, Failed, Refused
 from stagetrio.framing import Framing, LengthPrefixed, ProtocolError
 from stagetrio.limiter import Overloaded
@@ -171,13 +172,6 @@ async def open_client(
     """
     stream = address if isinstance(address, trio.abc.Stream) else await connect(address)
     client = Client(stream, codec, LengthPrefixed(1 << 20) if framing is None else framing, max_pushed)
-    error: Exception | None = None
-    async with trio.open_nursery() as nursery:
+    async with open_backstage() as nursery:
         nursery.start_soon(client.run)
-        try:
-            yield client
-        except Exception as raised:  # the block's own: it leaves as it is, not in the nursery's group
-            error = raised
-        nursery.cancel_scope.cancel()
-    if error is not None:
-        raise error
+        yield client

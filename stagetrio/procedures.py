@@ -256,6 +256,7 @@ class Procedures:
     """
 
     def __init__(self, *, converter: cattrs.Converter | None = None) -> None:
+        self._has_own_converter = converter is not None
         self._converter = strict_converter() if converter is None else converter
         self._by_name: dict[str, Procedure] = {}
         self.tally = Tally()
@@ -308,9 +309,10 @@ class Procedures:
         self._by_name[name] = procedure
         return function
 
-    def __reduce__(self) -> tuple[Callable[..., Procedures], tuple[dict[str, Callable[..., Any]]]]:
+    def __reduce__(self) -> tuple[Callable[..., Procedures], tuple[dict[str, Callable[..., Any]], bool]]:
         # It crosses to a process of our own as functions by their names: there each is what its own module made of it.
-        return _registered, ({name: procedure.function for name, procedure in self._by_name.items()},)
+        functions = {name: procedure.function for name, procedure in self._by_name.items()}
+        return _registered, (functions, self._has_own_converter)
 
     def get(self, name: str) -> Procedure | None:
         """Return the procedure of that name, if there is one."""
@@ -327,10 +329,13 @@ class Procedures:
         return ProceduresStatistics(**attrs.asdict(self.tally), failures=failures, mistakes=mistakes)
 
 
-def _registered(functions: dict[str, Callable[..., Any]]) -> Procedures:
+def _registered(functions: dict[str, Callable[..., Any]], have_own_converter: bool) -> Procedures:
     procedures = Procedures()
     for name, function in functions.items():
-        procedures._by_name[name] = stamp_of(function) or Procedure(function, name)
+        stamped = stamp_of(function)
+        if stamped is None and have_own_converter:
+            raise TypeError(f"procedure {name!r} must be registered where its module is imported, for the converter")
+        procedures._by_name[name] = stamped or Procedure(function, name)
     return procedures
 
 

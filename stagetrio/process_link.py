@@ -167,7 +167,9 @@ async def start_worker(
                 return link
             raise _could_not(pickle.loads(payload))
         raise WorkerLost(f"the worker process was not ready within {start_within:g} s", may_have_run=False)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, WorkerLost):
+            error.may_have_run = False  # it has been told to get ready, and nothing else
         await link.end()
         raise
 

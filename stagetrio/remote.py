@@ -35,6 +35,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
 
+from stagetrio.backstage import open_backstage
 from stagetrio.procedures import Procedures, ProceduresStatistics
 from stagetrio.remote_hello import Unwelcome, check_token, receive_hello, say_bye, say_welcome
 from stagetrio.remote_link import Link, Remote, RemoteStatistics, RemoteStream
@@ -198,28 +199,14 @@ async def _open(
 ) -> AsyncIterator[Remote]:
     check_token(token)
     check_bounds(max_frame_bytes=max_frame_bytes, max_buffered_bytes=max_buffered_bytes)
-    # The tasks behind a connection never raise, so what comes out of the nursery is what the block raised, and it
-    # leaves as itself, not in a group.
-    raised: BaseException | None = None
-    async with trio.open_nursery() as nursery:
+    async with open_backstage() as nursery:
         link = Link(nursery, open_stream, token, max_frame_bytes, max_buffered_bytes, reopens=reopens)
+        await link.open()
         try:
-            await link.open()
-        except BaseException as error:
-            raised = error
-        else:
-            try:
-                yield Remote(link)
-                await link.connection.say_the_rest()
-            except BaseException as error:
-                raised = error
-            link.close()
-        nursery.cancel_scope.cancel()
-    if raised is not None:
-        try:
-            raise raised
+            yield Remote(link)
+            await link.connection.say_the_rest()
         finally:
-            del raised  # or it would hold itself by its traceback
+            link.close()
 
 
 def open_remote_stream(

@@ -62,7 +62,8 @@ class CallingConnection:
         tally: Where to count.
         max_frame_bytes: The longest answer.
         max_buffered_bytes: Requests collected for a worker that does not fetch them; callers wait beyond it.
-        why: Asked when the connection has ended, with what was seen of that here, for what is to be told to callers.
+        why: Asked when the connection has ended, with what was seen of that here, for what is to be told to callers in
+            flight. Meanwhile the connection refuses others.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class CallingConnection:
         self._places = 0
         self._last_id = 0
         self._answers = 0  # in the last read
-        self._closing = False
+        self._closing = self._over = False
+        self.heard = False  # whether anything has been answered
         self.max_in_flight = welcome.max_in_flight
-        self.lost: str | None = None  # why this connection is over
+        self.lost: str | None = None  # why this connection takes nothing more
 
     @property
     def in_flight(self) -> int:
@@ -143,9 +145,8 @@ class CallingConnection:
             TypeError: An argument cannot be encoded.
             ValueError: The arguments do not fit into a frame.
 
-        Checkpoints: always. A cancellation means it did not happen.
+        Checkpoints: only where it has to wait for its place. A cancellation means it did not happen.
         """
-        await trio.lowlevel.checkpoint()
         await self._wait_for_place()
         self._say(_POST, name, None, arguments, keywords, _POSTED, math.inf)
 
@@ -157,9 +158,8 @@ class CallingConnection:
             TypeError: An argument cannot be encoded.
             ValueError: The arguments do not fit into a frame.
 
-        Checkpoints: always. A cancellation means it did not happen.
+        Checkpoints: only where it has to wait for its place. A cancellation means it did not happen.
         """
-        await trio.lowlevel.checkpoint()
         await self._wait_for_place()
         values = Values(window, self._grant)
         values.id = self._say(_OPEN, name, window, arguments, keywords, values, trio.current_effective_deadline())
@@ -247,6 +247,7 @@ class CallingConnection:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._output.run)
                     reason = await self._read()
+                    self._refuse(reason)
                     if self._why is not None:
                         reason = await self._why(reason)
                     nursery.cancel_scope.cancel()
@@ -284,6 +285,7 @@ class CallingConnection:
             try:
                 frames = self._decoder.receive_data(bytes(data))
                 self._answers = len(frames)
+                self.heard = True
                 for frame in frames:
                     self._take(wire.read_from_worker(frame))
             except ProtocolError as error:
@@ -323,11 +325,17 @@ class CallingConnection:
         else:
             self._tally.late += 1
 
-    def _lose(self, reason: str) -> None:
-        if self.lost is not None:
-            return
+    def _refuse(self, reason: str) -> None:
+        """Take nothing more; who waits for a place has certainly not called."""
         self.lost = reason
         self._output.lift_bound()
+        self._waiting.unpark_all()
+
+    def _lose(self, reason: str) -> None:
+        if self._over:
+            return
+        self._over = True
+        self._refuse(reason)
         pending, self._pending = self._pending, {}
         for waiter in pending.values():
             error = trio.ClosedResourceError(reason) if self._closing else WorkerLost(reason, may_have_run=True)
@@ -337,7 +345,6 @@ class CallingConnection:
                 trio.lowlevel.reschedule(waiter, outcome.Error(error))
             elif waiter is _POSTED:
                 self._tally.posts_failed += 1
-        self._waiting.unpark_all()
 
 
 class _Farewell(Exception):

@@ -94,6 +94,8 @@ class Link:
         self._nursery, self._open_stream, self._token, self.reopens = nursery, open_stream, token, reopens
         self._max_frame_bytes, self._max_buffered_bytes = max_frame_bytes, max_buffered_bytes
         self._opening = trio.Lock()
+        self._attempts_failed = 0
+        self._last_failure = ""
         self.known = KnownProcedures()
         self.tally = CallingTally()
         self.connection: CallingConnection
@@ -131,17 +133,27 @@ class Link:
         """Return a connection that is not ``lost``: one that somebody else has opened meanwhile, or a new one.
 
         Raises:
-            WorkerLost: It cannot be had.
+            WorkerLost: It cannot be had, as this attempt has shown or the one that was under way.
 
         Checkpoints: yes.
         """
+        failed_before = self._attempts_failed
         async with self._opening:
             if self.connection is lost and not self._closed:
+                if self._attempts_failed > failed_before:
+                    raise WorkerLost(self._last_failure, may_have_run=False)
                 try:
                     await self.open()
                 except OSError as error:
-                    raise WorkerLost(f"{lost.lost}; connecting again: {error}", may_have_run=False) from error
+                    raise self._note_failure(f"{lost.lost}; connecting again: {error}") from error
+                except WorkerLost as error:
+                    raise self._note_failure(error.reason) from error
         return self.connection
+
+    def _note_failure(self, reason: str) -> WorkerLost:
+        self._attempts_failed += 1
+        self._last_failure = reason
+        return WorkerLost(reason, may_have_run=False)
 
     def close(self) -> None:
         """End the connection, for good."""
@@ -201,6 +213,7 @@ class RemoteStream(Generic[T_co]):
             RemoteError: The procedure raised, after the values before.
             Overloaded: The other side refused to begin.
             WorkerLost: The connection ended first.
+            trio.ClosedResourceError: The block of the stream has been left.
 
         Checkpoints: always; a cancellation leaves the value for the next.
         """
@@ -299,6 +312,7 @@ class Remote:
         """
         known = self._way.known.get(procedure)
         arguments, keywords = known.pack_arguments(args, kwargs)
+        await trio.lowlevel.checkpoint()  # before it is looked who has the fewest in hand
         connection = self._way.connection
         try:
             await connection.post(known.name, arguments, keywords)
@@ -341,6 +355,7 @@ class Remote:
         """
         known = self._way.known.get(procedure)
         arguments, keywords = known.pack_arguments(args, kwargs)
+        await trio.lowlevel.checkpoint()  # before it is looked who has the fewest in hand
         connection = self._way.connection
         try:
             values = await connection.open(known.name, arguments, keywords, self._window)
@@ -351,6 +366,7 @@ class Remote:
             yield RemoteStream(values, known)
         finally:
             connection.abandon(values.id)
+            values.close()
 
     async def _once_more(self, connection: CallingConnection, lost: WorkerLost) -> CallingConnection:
         """Return another connection for what ``lost`` its own, if it may be tried again."""

@@ -31,7 +31,7 @@ class Values:
         self._grant = grant
         self._held: deque[Raw] = deque()
         self._taken = 0  # since the last grant
-        self._ended = False
+        self._ended = self._closed = False
         self._error: Exception | None = None
         self._waiting = trio.lowlevel.ParkingLot()
         self.id = 0
@@ -52,17 +52,26 @@ class Values:
         self._ended, self._error = True, error
         self._waiting.unpark_all()
 
+    def close(self) -> None:
+        """Give out nothing any more: whoever waits for a value, or will, is told so."""
+        self._closed = True
+        self._held.clear()
+        self._waiting.unpark_all()
+
     async def take(self) -> Raw:
         """Return the next value.
 
         Raises:
             StopAsyncIteration: There are no more.
+            trio.ClosedResourceError: It has been closed.
             RemoteError, Overloaded, WorkerLost: So it ended; for whoever asks again there are no more.
 
         Checkpoints: always; a cancellation leaves the value for the next.
         """
         await trio.lowlevel.checkpoint()
         while not self._held:
+            if self._closed:
+                raise trio.ClosedResourceError("the block of this stream has been left")
             if self._ended:
                 error, self._error = self._error, None
                 raise error or StopAsyncIteration

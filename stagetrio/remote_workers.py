@@ -10,7 +10,8 @@ is more than ``max_in_flight`` waits in its caller's task.
 
 Where none is ready, requests go to the connection that was lost last, which refuses them as certainly not run, and
 that is the case in which `stagetrio.remote_link.Remote` asks for another one and waits for it. A worker that cannot be
-started is tried again after a while, longer each time; from the third failure in a row on, those who wait are told.
+started, or is lost before it has answered anything, is tried again after a while, longer each time; from the third
+failure in a row on, those who wait are told.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import attrs
 import trio
 
+from stagetrio.backstage import open_backstage
 from stagetrio.procedures import Procedures
 from stagetrio.process_link import DYING_SECONDS, ProcessLink, ending, start_worker
 from stagetrio.process_worker import ORPHAN_SECONDS, preparation
@@ -34,7 +36,7 @@ from stagetrio.remote_wire import WorkerLost, check_bounds
 
 FIRST_BACKOFF = 0.25
 MAX_BACKOFF = 30.0
-TRIES = 3  # starts that may fail in a row before those who wait are told
+TRIES = 3  # lives of no use in a row after which those who wait are told
 
 _logger = logging.getLogger("stagetrio.remote")
 
@@ -81,7 +83,7 @@ class Workers:
         self._last_lost: CallingConnection
         self._changed = trio.lowlevel.ParkingLot()
         self._opened = self._closed = False
-        self._failures = self._failed_starts = self._lost = 0  # the first of these: in a row
+        self._failed_starts = self._lost = 0
         self._failure: WorkerLost | None = None  # why those who wait for a worker wait in vain
 
     # stagetrio.remote_link.Way
@@ -123,7 +125,7 @@ class Workers:
             waiting=sum(connection.waiting for connection in ready) + len(self._changed),
             max_in_flight=sum(connection.max_in_flight for connection in ready),
             ready=len(ready),
-            starting=self._processes - len(ready),
+            starting=0 if self._closed else self._processes - len(ready),
             lost=self._lost,
             failed_starts=self._failed_starts,
             **attrs.asdict(self._tally),
@@ -145,8 +147,9 @@ class Workers:
 
     async def say_the_rest(self) -> None:
         """Hand over to the workers what has been said to them."""
-        for connection in tuple(self._ready):
-            await connection.say_the_rest()
+        async with trio.open_nursery() as nursery:
+            for connection in self._ready:
+                nursery.start_soon(connection.say_the_rest)
 
     def close(self) -> None:
         """Want no worker any more."""
@@ -157,30 +160,35 @@ class Workers:
 
     async def keep(self) -> None:
         """Keep one worker process alive, until it is wanted no more."""
+        failures = 0  # in a row
         while not self._closed:
-            try:
-                link = await start_worker(self._setup, self._start_within, "stagetrio.remote_worker_process")
-                await self._have(link)
-            except WorkerLost as error:
-                self._note_failure(error)
-            except OSError as error:
-                self._note_failure(WorkerLost(f"no worker process can be started: {error}", may_have_run=False))
-            if self._failures:
-                await trio.sleep(min(MAX_BACKOFF, FIRST_BACKOFF * 2 ** (self._failures - 1)))
+            failure = await self._one_life()
+            if failure is None:
+                failures = 0
+                continue
+            failures += 1
+            if failures == 1:
+                _logger.error("%s: tried again until it succeeds", failure)
+            if failures >= TRIES or not self._opened:
+                self._failure = failure
+                self._changed.unpark_all()
+            await trio.sleep(min(MAX_BACKOFF, FIRST_BACKOFF * 2 ** min(failures - 1, 20)))
 
-    def _note_failure(self, error: WorkerLost) -> None:
+    async def _one_life(self) -> WorkerLost | None:
+        """Start a worker and have it called until its end; why it was of no use, if it was of none."""
+        try:
+            link = await start_worker(self._setup, self._start_within, "stagetrio.remote_worker_process")
+            return await self._have(link)
+        except WorkerLost as error:
+            failure = error
+        except OSError as error:
+            failure = WorkerLost(f"no worker process can be started: {error}", may_have_run=False)
         self._failed_starts += 1
-        self._failures += 1
-        if self._failures >= TRIES or not self._opened:
-            self._failure = error
-            self._changed.unpark_all()
+        return failure
 
-    async def _have(self, link: ProcessLink) -> None:
-        """Have a worker that is alive called, until its end."""
-
+    async def _have(self, link: ProcessLink) -> WorkerLost | None:
         async def why(seen: str) -> str:
-            self._ready.remove(connection)
-            self._last_lost = connection
+            self._discard(connection)
             with trio.move_on_after(DYING_SECONDS):
                 return f"the worker process {ending(await link.process.wait())}"
             return seen
@@ -196,20 +204,34 @@ class Workers:
                 max_buffered_bytes=self._max_buffered_bytes,
                 why=why,
             )
-            self._ready.append(connection)
-            self._tally.connections += 1
-            self._failures, self._failure = 0, None
-            self._changed.unpark_all()
-            await connection.run()
-            if not self._closed:
-                self._lost += 1
-                _logger.error("%s, and is replaced", connection.lost)
+            self._add(connection)
+            try:
+                await connection.run()
+            finally:
+                self._discard(connection)
+            if self._closed:
+                return None
+            self._lost += 1
+            _logger.error("%s, and is replaced", connection.lost)
+            # Or one that dies of being started would be started as fast as it dies.
+            return None if connection.heard else WorkerLost(f"{connection.lost}", may_have_run=False)
         finally:
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(stream)
                 with trio.move_on_after(self.farewell if self._closed else 0):
                     await link.process.wait()
                 await link.end()
+
+    def _add(self, connection: CallingConnection) -> None:
+        self._ready.append(connection)
+        self._tally.connections += 1
+        self._failure = None
+        self._changed.unpark_all()
+
+    def _discard(self, connection: CallingConnection) -> None:
+        if connection in self._ready:
+            self._ready.remove(connection)
+            self._last_lost = connection
 
 
 def _load(connection: CallingConnection) -> int:
@@ -224,8 +246,8 @@ class RemoteWorkers(Remote):
     ``idempotent``, is tried again, once, in another.
     """
 
-    def __init__(self, way: Workers, *, idempotent: bool = False, window: int = 64) -> None:
-        super().__init__(way, idempotent=idempotent, window=window)
+    def __init__(self, way: Workers) -> None:
+        super().__init__(way)
         self._workers = way
 
     def statistics(self) -> RemoteWorkersStatistics:
@@ -285,25 +307,18 @@ async def open_remote_workers(
     }
     setup = {"main": preparation(), "preload": list(preload), "procedures": _pickled(procedures), "bounds": bounds}
     workers = Workers(setup, processes, start_within, max_frame_bytes, max_buffered_bytes)
-    # Workers' tasks never raise, so what comes out of the nursery is what the block raised, and it leaves as itself.
-    raised: BaseException | None = None
-    async with trio.open_nursery() as nursery:
+    async with open_backstage() as nursery:
         for _ in range(processes):
             nursery.start_soon(workers.keep)
         try:
             await workers.opened()
             yield RemoteWorkers(workers)
             await workers.say_the_rest()
-        except BaseException as error:
-            raised = error
+        except BaseException:
             workers.farewell = 0
-        workers.close()
-        nursery.cancel_scope.cancel("the workers are not wanted any more")
-    if raised is not None:
-        try:
-            raise raised
+            raise
         finally:
-            del raised  # or it would hold itself by its traceback
+            workers.close()
 
 
 def _pickled(procedures: Procedures) -> bytes:

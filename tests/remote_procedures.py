@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,10 +13,27 @@ import trio
 
 from stagetrio.remote import Procedures
 
+DOOMED = "STAGETRIO_TEST_DOOMED"  # names a file; while that is there, a new process dies as soon as it is ready
+DYING = "STAGETRIO_TEST_DYING"  # where it is set, a new process dies at once
 BROKEN = "STAGETRIO_TEST_BROKEN"  # names a file; while that is there, this module cannot be imported in a new process
 
 if os.environ.get(BROKEN) and Path(os.environ[BROKEN]).exists():
     raise RuntimeError("this module is broken today")
+
+if os.environ.get(DOOMED) and Path(os.environ[DOOMED]).exists():
+    born = time.monotonic()
+
+    def die() -> None:
+        """End the process as soon as it is ready."""
+        while "stagetrio parent watch" not in {thread.name for thread in threading.enumerate()}:
+            time.sleep(0.001)
+        note(f"{os.environ[DOOMED]}.births", str(born))
+        os._exit(7)
+
+    threading.Thread(target=die, daemon=True).start()
+
+if os.environ.get(DYING):
+    os._exit(9)
 
 procedures = Procedures()
 
@@ -51,6 +69,18 @@ async def note_and_die_once(path: str) -> int:
     if runs == 1:
         os._exit(3)
     return runs
+
+
+@procedures.procedure
+async def leave_slowly(until: str) -> None:
+    """End the connection at once, and the process when there is a file."""
+
+    def stay() -> None:
+        while not Path(until).exists():
+            time.sleep(0.005)
+
+    threading.Thread(target=stay).start()
+    raise SystemExit(4)
 
 
 @procedures.procedure

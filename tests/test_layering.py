@@ -32,6 +32,7 @@ FLOORS: dict[str, int | str] = {
     "framing": 0,
     "router": 0,
     "reaper": 0,
+    "backstage": 0,
     "outbox": 0,
     "failures": 0,
     "broadcast": 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import pickle
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -252,3 +253,21 @@ def test_a_name_alone_carries_attrs_classes_both_ways() -> None:
     ]
     assert keywords == {"k": math.inf}
     assert procedure.read_result(msgspec.Raw(encode({"x": 1}))) == {"x": 1}
+
+
+class Shop:
+    async def price(self, of: str) -> int:
+        return len(of)
+
+
+def test_what_crosses_to_a_process_of_ones_own() -> None:
+    """Functions by their names; a converter stays behind, and what would need it is refused rather than misread."""
+    procedures = Procedures()
+    procedures.add(Shop().price)
+    crossed = pickle.loads(pickle.dumps(procedures))
+    assert crossed.names == ("price",)
+    assert crossed.get("price").read_result(msgspec.Raw(encode(3))) == 3
+    with_converter = Procedures(converter=cattrs.Converter())
+    with_converter.add(Shop().price)
+    with pytest.raises(TypeError, match="procedure 'price' must be registered where its module is imported"):
+        pickle.loads(pickle.dumps(with_converter))

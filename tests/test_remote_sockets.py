@@ -172,6 +172,20 @@ async def test_what_the_block_raises_leaves_as_itself(tmp_path: Path) -> None:
         assert scope.cancelled_caught
 
 
+async def test_a_cancellation_on_the_way_out_hides_no_error(tmp_path: Path) -> None:
+    """What the block raised comes out, whatever is cancelled while the connection is being closed."""
+    async with listening(echoing(), f"unix://{tmp_path}/s") as where:
+        raised = False
+        with trio.CancelScope() as scope:
+            try:
+                async with open_remote(where):
+                    scope.cancel()
+                    raise KeyError
+            except KeyError:
+                raised = True
+        assert raised
+
+
 @pytest.mark.parametrize("how", ["leave", "raise"])
 async def test_who_still_calls_when_the_remote_is_closed_is_told(how: str, tmp_path: Path) -> None:
     """Calls in flight, waiting and later get ClosedResourceError: it was this side that left."""
@@ -208,6 +222,7 @@ class Flaky:
     def __init__(self, procedures: Procedures) -> None:
         self.procedures = procedures
         self.connections = 0
+        self.turns_away = False
         self._scope = trio.CancelScope()
 
     async def run(self, path: Path, *, task_status: trio.TaskStatus[str]) -> None:
@@ -217,6 +232,9 @@ class Flaky:
             while True:
                 stream = await listener.accept()
                 self.connections += 1
+                if self.turns_away:
+                    await stream.aclose()
+                    continue
                 with trio.CancelScope() as self._scope:
                     await serve_remote_stream(self.procedures, stream)
 
@@ -351,6 +369,36 @@ async def test_a_call_without_a_worker_says_that_it_did_not_run(tmp_path: Path) 
                 assert not caught.value.may_have_run
             await nursery.start(serve)
             assert await remote.call("echo", 2) == 2
+        nursery.cancel_scope.cancel()
+
+
+async def test_callers_who_wait_together_share_one_attempt(tmp_path: Path) -> None:
+    """A worker that is down is tried once for all who wait for it, not once for each, one after the other."""
+    flaky = Flaky(echoing())
+    lost = 0
+
+    async def call() -> None:
+        nonlocal lost
+        with pytest.raises(WorkerLost, match=r"the connection broke|the other side closed") as caught:
+            await remote.call("echo", 1)
+        assert not caught.value.may_have_run
+        lost += 1
+
+    async with trio.open_nursery() as nursery:
+        where = await nursery.start(flaky.run, tmp_path / "s")
+        async with open_remote(where) as remote:
+            assert await remote.call("echo", 1) == 1
+            flaky.turns_away = True
+            flaky.drop()
+            await settled()
+            for attempts in (2, 3):
+                async with trio.open_nursery() as callers:
+                    for _ in range(50):
+                        callers.start_soon(call)
+                assert flaky.connections == attempts
+            assert lost == 100
+            flaky.turns_away = False
+            assert await remote.call("echo", 1) == 1
         nursery.cancel_scope.cancel()
 
 

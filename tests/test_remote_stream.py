@@ -26,6 +26,7 @@ class Source:
     def __init__(self) -> None:
         self.procedures = Procedures()
         self.procedures.add(self.numbers, "numbers")
+        self.procedures.add(self.hesitate, "hesitate")
         self.yielded = 0
         self.closed = trio.Event()
 
@@ -38,6 +39,10 @@ class Source:
                 raise ValueError("out of numbers")
         finally:
             self.closed.set()
+
+    async def hesitate(self) -> AsyncIterator[int]:
+        yield 1
+        await trio.sleep_forever()
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 64])
@@ -117,6 +122,26 @@ async def test_several_tasks_share_a_stream(pair: Pair) -> None:
             for _ in range(7):
                 nursery.start_soon(consume, values)
     assert sorted(got) == list(range(200))
+
+
+async def test_whoever_iterates_after_the_block_is_told(pair: Pair) -> None:
+    """Those that wait for a value when it is left, and those that come later; nobody waits for ever."""
+    source = Source()
+    told = 0
+
+    async def consume(values: AsyncIterator[int]) -> None:
+        nonlocal told
+        with pytest.raises(trio.ClosedResourceError):
+            _ = [value async for value in values]
+        told += 1
+
+    async with serving(source.procedures, pair) as remote, trio.open_nursery() as nursery:
+        async with remote.stream("hesitate") as values:
+            for _ in range(3):
+                nursery.start_soon(consume, values)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        await consume(values)
+    assert told == 4
 
 
 async def test_a_cancelled_consumer_takes_no_value_with_it(pair: Pair) -> None:

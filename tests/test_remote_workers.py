@@ -135,6 +135,34 @@ async def test_a_call_waits_for_a_worker_that_is_ready() -> None:
         assert victim not in answers
 
 
+async def test_a_worker_that_is_dying_is_called_no_more(tmp_path: Path) -> None:
+    """Its connection has ended but its process has not: whoever calls now certainly has not called that one."""
+    gone = tmp_path / "gone"
+    async with open_remote_workers(procedures, 1) as workers, trio.open_nursery() as nursery:
+
+        async def last_call() -> None:
+            with pytest.raises(WorkerLost) as lost:
+                await workers.call(there.leave_slowly, str(gone))
+            assert lost.value.may_have_run
+
+        dying = await workers.call(there.pid)
+        nursery.start_soon(last_call)
+        await until(lambda: not workers.statistics().ready)
+        assert is_alive(dying)
+        async with trio.open_nursery() as callers:
+            answers: list[int] = []
+
+            async def call() -> None:
+                answers.append(await workers.call(there.pid))
+
+            for _ in range(5):
+                callers.start_soon(call)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            gone.touch()
+        assert len(answers) == 5
+        assert dying not in answers
+
+
 async def test_workers_that_cannot_be_started_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -163,6 +191,49 @@ async def test_a_worker_that_cannot_be_started_at_first(tmp_path: Path, monkeypa
         async with open_remote_workers(procedures, 2):
             raise AssertionError("entered")
     assert "remote_procedures.py" in lost.value.__notes__[0]
+
+
+async def test_a_worker_that_dies_before_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has been called, and the error says so."""
+    monkeypatch.setenv(there.DYING, "1")
+    with pytest.raises(WorkerLost, match="exited with status 9") as lost:
+        async with open_remote_workers(procedures, 1):
+            raise AssertionError("entered")
+    assert not lost.value.may_have_run
+
+
+async def test_workers_that_die_of_being_started_are_started_ever_more_slowly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or they would be started as fast as they die; and it is logged once."""
+    doomed = tmp_path / "doomed"
+    monkeypatch.setenv(there.DOOMED, str(doomed))
+    async with open_remote_workers(procedures, 1) as workers:
+        doomed.touch()
+        os.kill(await workers.call(there.pid), signal.SIGKILL)
+        await until(lambda: workers.statistics().lost + workers.statistics().failed_starts >= 4)
+        doomed.unlink()
+        births = [float(line) for line in there.lines(f"{doomed}.births")]
+        assert births[1] - births[0] >= 0.25
+        assert births[2] - births[1] >= 0.5
+        await until(lambda: workers.statistics().ready)
+        assert await workers.call(there.pid)
+    assert caplog.text.count("tried again until it succeeds") == 1
+
+
+async def test_what_is_posted_at_once_is_shared_out(tmp_path: Path) -> None:
+    """Each post goes to whoever has the fewest in hand when it is sent, not when its sender began."""
+    log = tmp_path / "log"
+    async with open_remote_workers(procedures, 2) as workers:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(workers.call, there.note_and_hang, str(log))
+            await until(lambda: len(there.lines(log)) == 1)
+            async with trio.open_nursery() as senders:
+                for _ in range(19):
+                    senders.start_soon(workers.post, there.note_and_hang, str(log))
+            await until(lambda: len(there.lines(log)) == 20)
+            nursery.cancel_scope.cancel()
+    assert sorted(Counter(there.lines(log)).values()) == [10, 10]
 
 
 async def test_values_come_from_a_worker_and_a_cancellation_reaches_it(tmp_path: Path) -> None:
