@@ -166,10 +166,9 @@ async def test_half_closed_peers_over_the_rate_are_served(kind: str, autojump_cl
         assert len(await client.receive_all()) == 30
 
 
-@pytest.mark.parametrize("limit", ["message_rate", "total_message_rate"])
-async def test_nothing_of_a_peer_that_waits_is_kept_when_it_is_gone(limit: str, autojump_clock: MockClock) -> None:
+async def test_nothing_of_a_peer_that_waits_is_kept_when_it_is_gone(autojump_clock: MockClock) -> None:
     """Though its turn would have come in an hour only."""
-    async with serving("tcp", input_rates=InputRates(**{limit: Rate(1, per=3600)})) as running:
+    async with serving("tcp", input_rates=InputRates(message_rate=Rate(1, per=3600))) as running:
         client: Raw = await running.connect()
         await client.send(b"one", b"two")
         assert await client.receive() == b"one"
@@ -179,8 +178,25 @@ async def test_nothing_of_a_peer_that_waits_is_kept_when_it_is_gone(limit: str, 
         await client.stream.aclose()
         while running.server.peers:
             await trio.lowlevel.checkpoint()
+        other = await running.connect()
+        await other.send(b"x")  # and the worker's hand is full of something else
+        assert await other.receive() == b"x"
         gc.collect()
         assert gone() is None
+
+
+@pytest.mark.parametrize("limit", ["message_rate", "total_message_rate"])
+async def test_a_sender_that_is_forgotten_loses_its_place(limit: str) -> None:
+    """In the line, and on the clock."""
+    inflow = Inflow(InputRates(**{limit: Rate(1, per=3600)}), nobody)
+    sender = trio.Event()
+    gone = weakref.ref(sender)
+    assert inflow.take(sender, [b""] * 2) == 1
+    inflow.wait(sender)
+    inflow.forget(sender)
+    del sender
+    gc.collect()
+    assert gone() is None
 
 
 async def test_what_the_queue_does_not_take_is_not_counted(autojump_clock: MockClock) -> None:
