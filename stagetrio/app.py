@@ -153,7 +153,8 @@ class App:
         self._procedures = Procedures()
         self._procedure_names: list[str] = []
         self._failures = Failures(logger, name)
-        self._server: StageServer[Any] | None = None
+        self._is_served = False
+        self._server: StageServer[Any] | None = None  # as soon as it accepts
 
     def __repr__(self) -> str:
         return f"<App {self.name!r}>"
@@ -284,7 +285,7 @@ class App:
 
         Checkpoints: throughout. A cancellation closes every connection without ceremony.
         """
-        if self._server is not None:
+        if self._is_served:
             raise RuntimeError(f"{self!r} is being served already")
         if not addresses:
             raise ValueError("addresses must name at least one place to listen, not ()")
@@ -312,8 +313,10 @@ class App:
 
         Checkpoints: throughout. A cancellation closes every connection without ceremony.
         """
-        if self._server is not None:
+        if self._is_served:
+            await _close((*listeners, *procedures_at))
             raise RuntimeError(f"{self!r} is being served already")
+        self._is_served = True
         try:
             async with self._open() as watchdog, trio.open_nursery() as nursery:
                 self._server = await nursery.start(self._serve_clients, listeners, watchdog)
@@ -325,7 +328,7 @@ class App:
                 await self._server.wait_ended()
                 nursery.cancel_scope.cancel()
         finally:
-            self._server = None
+            self._is_served, self._server = False, None
             await _close((*listeners, *procedures_at))  # where serving did not come to begin
 
     async def drain(self, grace: float) -> None:
@@ -418,15 +421,16 @@ class App:
             await hook(peer)
 
     async def _repeat(self, seconds: float, job: Job) -> None:
-        start = trio.current_time()
+        start, point = trio.current_time(), 0
         while True:
             try:
                 await job()
             except Exception as error:
                 self._failures.record(error)
-            # The next point of the grid that is still to come.
-            passed = (trio.current_time() - start) // seconds
-            await trio.sleep_until(start + (passed + 1) * seconds)
+            # The next point of the grid that is still to come, and a later one than this, however quotients are rounded.
+            passed = int((trio.current_time() - start) // seconds)
+            point = max(point, passed) + 1
+            await trio.sleep_until(start + point * seconds)
 
     def _failed(self, peer: Peer[Any], error: Exception) -> None:
         self._failures.record(error)

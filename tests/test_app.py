@@ -148,6 +148,22 @@ async def test_jobs_keep_to_their_grid(autojump_clock: MockClock) -> None:
     assert starts == pytest.approx([0, 1, 4, 5, 6, 7], abs=1e-6)
 
 
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 1 / 7])
+async def test_no_point_of_the_grid_comes_twice(autojump_clock: MockClock, seconds: float) -> None:
+    """However the multiples of an interval are rounded, and wherever on the clock they begin."""
+    app = App("test")
+    starts: list[float] = []
+
+    @app.every(seconds)
+    async def job() -> None:
+        starts.append(trio.current_time())
+
+    await trio.sleep(1234.567)
+    async with serving(app):
+        await trio.sleep(99.5 * seconds)
+    assert starts == pytest.approx([starts[0] + n * seconds for n in range(100)])
+
+
 async def test_hooks_and_lifespan_enclose_what_they_should() -> None:
     """The lifespan is open before the first connection and after the last; hooks see each peer come and go."""
     app = App("test")
@@ -247,6 +263,27 @@ async def test_drain_finishes_what_was_received() -> None:
         assert client.close_reason == "the server shuts down"
     async with serving(app) as address, open_client(address, app.codec) as client:
         assert await client.ask(Ask("x")) == Answer("late")
+
+
+async def test_of_two_that_begin_to_serve_an_app_one_is_told() -> None:
+    """Also where neither listens yet."""
+    app = App("test")
+    refused = 0
+
+    async def serve() -> None:
+        nonlocal refused
+        try:
+            await app.serve("tcp://127.0.0.1:0")
+        except RuntimeError:
+            refused += 1
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        nursery.start_soon(serve)
+    assert refused == 1
+    async with serving(app):
+        assert app.peers == ()
 
 
 async def test_an_app_is_served_once_at_a_time_and_only_then_has_peers() -> None:
