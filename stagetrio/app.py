@@ -427,7 +427,7 @@ class App:
                 await job()
             except Exception as error:
                 self._failures.record(error)
-            # The next point of the grid that is still to come, and a later one than this, however quotients are rounded.
+            # The next point of the grid that is still to come, and later than this one, however quotients are rounded.
             passed = int((trio.current_time() - start) // seconds)
             point = max(point, passed) + 1
             await trio.sleep_until(start + point * seconds)
