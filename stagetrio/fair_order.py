@@ -128,7 +128,13 @@ class FairOrder(Filing[F, T]):
             return [delivery.item for delivery in taken]
         if self.woken:
             if not self._filed and len(self.woken) == 1 and self.woken[0].rest is None and not self._held:
-                return [self._take_lone(self.woken.pop())]
+                record = self.woken.pop()
+                item, record.first = record.first, EMPTY
+                cost = 1.0
+                if record.costs is not None:
+                    cost, record.costs = record.costs[0], None
+                self.pass_item(record, cost)
+                return [item]
             self.file_woken()
         rank = self._newcomers
         buckets, tags = rank.buckets, rank.tags
@@ -178,15 +184,6 @@ class FairOrder(Filing[F, T]):
             rank.trim()
         self._filed -= idle
         return items
-
-    def _take_lone(self, record: Flow[F, T]) -> T:
-        """Take the only item there is, which is not filed yet."""
-        item, record.first = record.first, EMPTY
-        cost = 1.0
-        if record.costs is not None:
-            cost, record.costs = record.costs[0], None
-        self.pass_item(record, cost)
-        return item
 
     def _take_run(self, record: Flow[F, T], items: list[T], max_items: int) -> None:
         """Serve a flow that is alone at its tag for as long as no other is due."""

@@ -401,7 +401,7 @@ class FairQueue(Generic[F, T]):
 
     async def __anext__(self) -> T:
         try:
-            return await self.receive()
+            return cast(T, await self._outlet.receive())
         except trio.EndOfChannel:
             raise StopAsyncIteration from None
 

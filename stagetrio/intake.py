@@ -440,12 +440,14 @@ class FlowChannel(trio.abc.SendChannel[T], Generic[F, T]):
         await checkpoint_if_cancelled()
         intake, record = self._intake, self._record
         if intake.items < intake.soft and record.first is EMPTY and record.waiters is None:
-            if cost == 1.0 and not intake.receivers:
+            if cost != 1.0:
+                intake.put(record, value, check_positive("cost", cost))
+            elif intake.receivers:
+                intake.put(record, value, cost)
+            else:
                 record.first = value
                 intake.woken.append(record)
                 intake.items += 1
-            else:
-                intake.put(record, value, check_positive("cost", cost))
             await cancel_shielded_checkpoint()
         else:
             await intake.send(record, value, cost, by=self)

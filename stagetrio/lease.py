@@ -169,10 +169,10 @@ class Ticket:
         return self
 
     def _enter_scope(self) -> None:
-        self._scope = CancelScope(deadline=self._deadline)
-        self._scope.__enter__()
+        scope = self._scope = CancelScope(deadline=self._deadline)
+        scope.__enter__()
         if self._lost is not None:
-            self._scope.cancel(reason=self._lost)
+            scope.cancel(reason=self._lost)
 
     @trio.lowlevel.enable_ki_protection
     def __exit__(

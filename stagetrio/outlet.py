@@ -164,6 +164,7 @@ class Outlet(Generic[F, T]):
                 task, _ = self._receivers.popitem(last=False)
                 reschedule(task, outcome.Error(trio.EndOfChannel()))
 
+    @enable_ki_protection
     async def receive(self) -> T:
         """Wait for the next item.
 
@@ -173,12 +174,13 @@ class Outlet(Generic[F, T]):
         Checkpoints: Always. A cancelled receive has not taken anything.
         """
         await checkpoint_if_cancelled()
-        if self._intake.items:
+        intake = self._intake
+        if intake.items:
             taken = self._taken(self.take_items, 1)
             if taken:
                 await cancel_shielded_checkpoint()
                 return taken[0]  # type: ignore[no-any-return]
-        if self._intake.closed and not self._intake.items:
+        if intake.closed and not intake.items:
             raise trio.EndOfChannel
         task = current_task()
         self._receivers[task] = self._singly
@@ -258,8 +260,10 @@ class Outlet(Generic[F, T]):
 
     def hand_through(self, record: Flow[F, T], item: T, cost: float) -> bool:
         """Give an item to the receiver that has waited longest, if that one takes items singly."""
+        if record.order.in_hand or not self._opened:
+            return False
         task, how = self._receivers.popitem(last=False)
-        if how is not self._singly or record.order.in_hand or not self._opened:
+        if how is not self._singly:
             self._receivers[task] = how
             self._receivers.move_to_end(task, last=False)
             return False

@@ -262,8 +262,10 @@ class TicketStage:
     def _grant(self, ticket: Ticket) -> None:
         """Make `ticket` one that is held; what it takes was taken."""
         self._fence = ticket.fence = self._fence + 1
-        if self._leasing or ticket._lease is not None:
-            lease = self.lease if ticket._lease is None else ticket._lease
+        lease = ticket._lease
+        if self._leasing or lease is not None:
+            if lease is None:
+                lease = self.lease
             if lease < inf or self.revocable:
                 ticket.leased = True
                 ticket._deadline = current_time() + lease
