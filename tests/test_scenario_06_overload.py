@@ -1,7 +1,7 @@
 """Scenario 6, overload × 2: 1,000/s offered to a 500/s worker with 10 outstanding, deadlines of 1 s.
 
-The control is the same queue without CoDel: what is served is nearly too late. ``SCENARIO_SECONDS=10`` in the
-environment runs it at full length.
+The control is the same queue without CoDel: what is served is nearly too late. ``STAGETRIO_SCENARIO_SECONDS=10``
+runs it at full length.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from trio.testing import MockClock
 
 from stagetrio.fair_queue import CoDel, FairQueue
 
-SECONDS = float(os.environ.get("SCENARIO_SECONDS", "2"))
+SECONDS = float(os.environ.get("STAGETRIO_SCENARIO_SECONDS", "2"))
 
 
 async def overload(seed: int, codel: CoDel | None) -> tuple[float, float, int]:
@@ -53,14 +53,17 @@ def test_what_is_served_is_fresh_and_the_worker_is_never_idle(seed: int, newest_
     """Full capacity, and the 99th percentile of the served within 65 ms."""
     codel = CoDel(interval=0.04, newest_first=newest_first)
     rate, p99, shed = trio.run(overload, seed, codel, clock=MockClock(autojump_threshold=0))
-    print(f"{rate:.0f}/s, p99 {p99 * 1000:.1f} ms, {shed} shed")
-    assert rate >= 0.99 * 500
+    print(f"seed {seed}: {rate:.1f}/s, p99 {p99 * 1000:.1f} ms, {shed} shed")
+    # Newest first nobody is idle; an item more or less falls into the window. Oldest first the queue is kept so short
+    # that now and then ten who come at once find fewer items.
+    assert rate >= (500 - 1 / SECONDS if newest_first else 0.99 * 500)
     assert p99 <= 0.065
     assert shed > 0
 
 
-def test_without_codel_everything_served_is_nearly_late() -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_without_codel_everything_served_is_nearly_late(seed: int) -> None:
     """The control: the same work is done, a second late."""
-    _, p99, _ = trio.run(overload, 0, None, clock=MockClock(autojump_threshold=0))
+    _, p99, _ = trio.run(overload, seed, None, clock=MockClock(autojump_threshold=0))
     print(f"p99 {p99 * 1000:.1f} ms")
     assert p99 > 0.5
