@@ -117,6 +117,11 @@ class FairQueue(Generic[F, T]):
     def __repr__(self) -> str:
         return f"<FairQueue: {self._intake.items} of {self._intake.max_items} items, {self._order.backlogged} flows>"
 
+    @property
+    def backlog(self) -> int:
+        """Items queued now, of all flows."""
+        return self._intake.items
+
     def _make_sojourn(self) -> Sojourn[F, T]:
         order = self._order
         classes = [order] if isinstance(order, FairOrder) else order.codel

@@ -46,6 +46,8 @@ class Hub:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
+        self._descriptor = self._epoll.fileno()
+        self._poll = self._epoll.poll
         # {descriptor: (events, on_readable, on_writable)}
         self._watched: dict[int, tuple[int, Callable[[], object], Callable[[], object]]] = {}
         self._waiting = False
@@ -64,7 +66,7 @@ class Hub:
             return
         self._waiting = True
         try:
-            await trio.lowlevel.wait_readable(self._epoll.fileno())
+            await trio.lowlevel.wait_readable(self._descriptor)
         finally:
             self._waiting = False
 
@@ -86,7 +88,7 @@ class Hub:
         Cost: one system call, however many are ready.
         """
         watched = self._watched
-        for fd, events in self._epoll.poll(0, _MAX_EVENTS):
+        for fd, events in self._poll(0, _MAX_EVENTS):
             entry = watched.get(fd)
             if entry is None:
                 continue
@@ -133,5 +135,5 @@ class Hub:
         """Give the descriptors back; sockets still watched stay open."""
         self._watched.clear()
         os.close(self._bell)
-        trio.lowlevel.notify_closing(self._epoll.fileno())
+        trio.lowlevel.notify_closing(self._descriptor)
         self._epoll.close()

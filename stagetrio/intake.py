@@ -165,7 +165,8 @@ class Intake(Generic[F, T]):
 
     def send_many_nowait(self, record: Flow[F, T], items: Sequence[T], cost: float) -> int:
         """Queue as many items as are let in; return their number."""
-        check_positive("cost", cost)
+        if cost != 1.0:
+            check_positive("cost", cost)
         count = len(items)
         if not self.items + count <= self.soft or len(record) + count > self._flow_bound or cost != 1.0 or not count:
             for sent, item in enumerate(items):

@@ -435,14 +435,17 @@ class Peer(Generic[M]):
                 self._received(error.frames)
             self.end_when_served(CloseReason.PROTOCOL, error.reason)
             return
-        if decoder.buffered and (frames or not partial):
-            self._frame_began = (trio.current_time(), self._bytes_received - decoder.buffered)
-            if not self._watching_frame:
-                self._watching_frame = True
-                when = self._frame_began[0] + self._host.limits.frame_within
-                self._host.check_at(self, when, self._check_frame)
+        if (rest := decoder.buffered) and (frames or not partial):
+            self._frame_begins(rest)
         if frames:
             self._received(frames)
+
+    def _frame_begins(self, size: int) -> None:
+        self._frame_began = (trio.current_time(), self._bytes_received - size)
+        if not self._watching_frame:
+            self._watching_frame = True
+            when = self._frame_began[0] + self._host.limits.frame_within
+            self._host.check_at(self, when, self._check_frame)
 
     def _received(self, frames: list[bytes]) -> None:
         limits = self._host.limits

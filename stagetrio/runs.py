@@ -67,6 +67,10 @@ def take_runs(order: FairOrder[F, T], max_items: int, quantum: float) -> list[Ru
     while order.abandoned:
         abandoned, _declared, estimate = order.abandoned.popleft()
         _settle(order, abandoned, 1, estimate, estimate)
+    if len(order.woken) == 1 and not (order._filed or order._held or order.in_hand):
+        run = _take_lone(order, order.woken[0], max_items, quantum)
+        if run is not None:
+            return [run]
     runs: list[Run[F, T]] = []
     while max_items > 0:
         record = order.head()
@@ -87,6 +91,28 @@ def take_runs(order: FairOrder[F, T], max_items: int, quantum: float) -> list[Ru
         record.reserved += estimate * count * record.inverse
         runs.append(Run(record.key, _pop(order, record, count), estimate, record, order, count))
     return runs
+
+
+def _take_lone(order: FairOrder[F, T], record: Flow[F, T], max_items: int, quantum: float) -> Run[F, T] | None:
+    """Take all items of the only flow that has any and is not filed yet, if they fit; it need not be filed then."""
+    estimate = record.rate or order._rate or 1.0
+    count = len(record)
+    if record.costs is not None or count > max_items or (count > 1 and count * estimate > quantum):
+        return None
+    order.woken.clear()
+    items = [record.first]
+    if record.rest:
+        items += record.rest
+        items.reverse()
+    record.first, record.rest = EMPTY, None
+    if record.finish > order.virtual_time:
+        order.virtual_time = record.finish
+    else:
+        record.finish = order.virtual_time
+    order.in_hand += count
+    record.in_hand += count
+    record.reserved += estimate * count * record.inverse
+    return Run(record.key, items, estimate, record, order, count)
 
 
 def _pop(order: FairOrder[F, T], record: Flow[F, T], count: int) -> list[T]:

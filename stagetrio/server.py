@@ -356,9 +356,10 @@ class StageServer(Generic[M]):
 
     def _after_slice(self) -> None:
         self._flush()
-        for peer in tuple(islice(self._in_want_of_room, ROOM_BATCH)):
-            del self._in_want_of_room[peer]
-            peer.advance()
+        if self._in_want_of_room:
+            for peer in tuple(islice(self._in_want_of_room, ROOM_BATCH)):
+                del self._in_want_of_room[peer]
+                peer.advance()
 
     def _flush(self) -> None:
         while self._touched:
@@ -407,7 +408,8 @@ class StageServer(Generic[M]):
 
     def _enqueue(self, peer: Peer[Any], frames: list[bytes]) -> tuple[int, int]:
         queued: int = peer.channel.send_many_nowait([(peer, frame) for frame in frames])
-        if queued:  # else a leader that offers room where there is none would wake itself for ever
+        # A leader that serves looks at the queue anyway; one that offers room where there is none must not be woken.
+        if queued and not self._stage.serving:
             self._wake_leader()
         if queued == len(frames):
             return queued, 0

@@ -387,6 +387,8 @@ class Stage(Generic[T]):
                     return False
             if self._cost is not None:
                 return False
+            if not self._queue.backlog:
+                return True
             try:
                 self._batch = self._queue.receive_runs_nowait(BATCH, self._quantum)
             except trio.WouldBlock:
