@@ -60,7 +60,7 @@ class AdaptiveLimiter:
 
     def __init__(self, initial: int = 4, *, min_limit: int = 1, max_limit: int = 1000) -> None:
         for argument, value in (("initial", initial), ("min_limit", min_limit), ("max_limit", max_limit)):
-            if not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{argument} must be an int, not {value!r}")
         if not 1 <= min_limit <= initial <= max_limit:
             raise ValueError(

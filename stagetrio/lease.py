@@ -19,6 +19,7 @@ from typing import Protocol
 import trio
 from trio import CancelScope, current_time
 
+from stagetrio.amounts import check_above_zero, check_amount, check_count
 from stagetrio.broadcast import Broadcasts, Messages
 
 
@@ -78,8 +79,12 @@ class Ticket:
     _scope: CancelScope | None
 
     def __init__(self, stage: Grantor, flow: Hashable, cost: int, key: Hashable, lease: float | None) -> None:
-        if lease is not None and not lease > 0:
-            raise ValueError(f"lease must be > 0, not {lease!r}")
+        if lease is not None:
+            check_above_zero("lease", lease)
+        if cost.__class__ is not int:
+            check_count("cost", cost, 1)
+        if key is not None:
+            hash(key)  # at once, and not when it is to be remembered
         self._stage = stage
         self._lease = lease
         self._joined = stage._sent
@@ -130,8 +135,7 @@ class Ticket:
         Raises:
             LeaseLost: It is over already, so the work cannot go on.
         """
-        if not seconds >= 0:
-            raise ValueError(f"seconds must be >= 0, not {seconds!r}")
+        check_amount("seconds", seconds)
         if self._left is None and self.leased and self._deadline < math.inf:
             if self.lost is not None:
                 raise LeaseLost(self.lost)

@@ -32,6 +32,7 @@ import attrs
 import trio
 
 from stagetrio.adaptive import AdaptiveLimiter, AdaptiveLimiterStatistics
+from stagetrio.amounts import check_above_zero, check_amount
 from stagetrio.overload import Overloaded
 
 __all__ = [
@@ -51,8 +52,7 @@ _EPSILON = 1e-9
 
 
 def _positive(_: object, attribute: attrs.Attribute[float], value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{attribute.name} must be > 0, not {value!r}")
+    check_above_zero(attribute.name, value)
 
 
 @attrs.frozen
@@ -130,10 +130,10 @@ class RateLimiter:
     ) -> None:
         if not isinstance(rate, Rate):
             raise TypeError(f"rate must be a Rate, not {rate!r}")
-        if not burst > 0:
-            raise ValueError(f"burst must be > 0, not {burst!r}")
-        if not max_waiting >= 0:
-            raise ValueError(f"max_waiting must be >= 0, not {max_waiting!r}")
+        if not (parent is None or isinstance(parent, RateLimiter | FlowRateLimit)):
+            raise TypeError(f"parent must be a RateLimiter or the flow of a FlowRateLimiter, not {parent!r}")
+        check_above_zero("burst", burst)
+        check_amount("max_waiting", max_waiting)
         self.rate = rate
         self.burst = burst
         self.parent = parent
@@ -315,9 +315,10 @@ class FlowRateLimiter:
         max_flows: float,
         parent: RateLimiter | FlowRateLimit | None = None,
     ) -> None:
-        if not max_flows >= 1:
-            raise ValueError(f"max_flows must be >= 1, not {max_flows!r}")
-        RateLimiter(rate, burst=burst)  # the same arguments, the same errors, at once and not at the first flow
+        check_amount("max_flows", max_flows, 1)
+        RateLimiter(
+            rate, burst=burst, parent=parent
+        )  # same arguments, same errors, and at once
         self.rate = rate
         self.burst = burst
         self.max_flows = max_flows

@@ -24,6 +24,7 @@ from typing import TypeVar, TypeVarTuple
 import attrs
 import trio
 
+from stagetrio.amounts import check_above_zero, check_amount, check_count
 from stagetrio.overload import Overloaded
 
 Ts = TypeVarTuple("Ts")
@@ -71,9 +72,10 @@ class RetryBudget:
         retry_on: type[Exception] | tuple[type[Exception], ...] = Overloaded,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        for argument, value, least in (("ratio", ratio, 0), ("burst", burst, 0), ("attempts", attempts, 1)):
-            if not value >= least:
-                raise ValueError(f"{argument} must be >= {least}, not {value!r}")
+        check_amount("ratio", ratio)
+        check_amount("burst", burst)
+        check_count("attempts", attempts, 1)
+        check_above_zero("first_delay", first_delay)
         if not 0 < first_delay < math.inf:
             raise ValueError(f"first_delay must be > 0 and finite, not {first_delay!r}")
         if not max_delay >= first_delay:

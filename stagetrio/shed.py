@@ -24,6 +24,7 @@ import math
 import attrs
 from trio import current_time
 
+from stagetrio.amounts import check_above_zero
 from stagetrio.overload import Overloaded
 
 STEP = 0.05  # of the level, for a waiting time twice the target, or none
@@ -72,7 +73,7 @@ class Shedder:
 
     def __init__(self, *, target: float = 0.02, window: float = 1.0) -> None:
         for argument, value in (("target", target), ("window", window)):
-            if not 0 < value < math.inf:
+            if check_above_zero(argument, value) == math.inf:
                 raise ValueError(f"{argument} must be > 0 and finite, not {value!r}")
         self._target = target
         self._window = window
@@ -116,8 +117,10 @@ class Shedder:
         """Take in that an admitted request is being served.
 
         Args:
-            waited: Seconds since it was admitted, ≥ 0.
+            waited: Seconds since it was admitted, ≥ 0 and finite.
         """
+        if not 0 <= waited < math.inf:
+            raise ValueError(f"waited must be >= 0 and finite, not {waited!r}")
         self._begun += 1
         self._waited += waited
 

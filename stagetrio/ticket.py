@@ -37,6 +37,7 @@ from trio.lowlevel import (
     wait_task_rescheduled,
 )
 
+from stagetrio.amounts import check_above_zero, check_amount, check_count
 from stagetrio.borrow import Lending, Limiter
 from stagetrio.broadcast import Broadcasts
 from stagetrio.lease import LeaseLost, Ticket
@@ -75,15 +76,14 @@ class TicketStage:
         max_messages: int = 64,
     ) -> None:
         if isinstance(tickets, int):
-            if tickets < 0:
-                raise ValueError(f"tickets must be >= 0, not {tickets!r}")
+            check_count("tickets", tickets, 0)
         elif not hasattr(tickets, "acquire_on_behalf_of"):
             raise TypeError(f"tickets must be an int or a limiter, not {tickets!r}")
-        for argument, value in (("max_waiting", max_waiting), ("max_wait", max_wait)):
-            if not value >= 0:
-                raise ValueError(f"{argument} must be >= 0, not {value!r}")
-        if not lease > 0:
-            raise ValueError(f"lease must be > 0, not {lease!r}")
+        check_amount("max_waiting", max_waiting)
+        check_amount("max_wait", max_wait)
+        check_above_zero("lease", lease)
+        if weight is not None and not callable(weight):
+            raise TypeError(f"weight must be callable or None, not {weight!r}")
         self.name = name
         self.max_waiting = max_waiting
         self.lease = lease
@@ -152,8 +152,7 @@ class TicketStage:
     def tickets(self, tickets: int) -> None:
         if self._lending is not None:
             raise TypeError(f"the tickets of {self!r} are those of its limiter: set its total")
-        if not isinstance(tickets, int) or tickets < 0:
-            raise ValueError(f"tickets must be an int >= 0, not {tickets!r}")
+        check_count("tickets", tickets, 0)
         self._free += tickets - self._tickets
         self._tickets = tickets
         self._hand_over()
@@ -189,8 +188,7 @@ class TicketStage:
         Args:
             seconds: ≥ 0.
         """
-        if not seconds >= 0:
-            raise ValueError(f"seconds must be >= 0, not {seconds!r}")
+        check_amount("seconds", seconds)
         self._closes_at = min(self._closes_at, current_time() + seconds)
         self._open, self._watchful = False, True
         # Those who are parked do not watch the clock. They wake once, in no order that matters, since their places

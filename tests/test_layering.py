@@ -37,6 +37,7 @@ FLOORS: dict[str, int | str] = {
     "failures": 0,
     "broadcast": 0,
     "ticket_statistics": 0,
+    "amounts": 0,
     "pace": 0,
     "stall": 0,
     "events": 0,

@@ -31,6 +31,10 @@ def test_rate_limiter_rejects_bad_arguments() -> None:
         RateLimiter(Rate(1), burst=0)
     with pytest.raises(TypeError, match="rate"):
         RateLimiter(5, burst=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="burst"):
+        RateLimiter(Rate(1), burst="1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="parent"):
+        FlowRateLimiter(Rate(1), burst=1, max_flows=5, parent=Rate(3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_waiting"):
         RateLimiter(Rate(1), burst=1, max_waiting=-1)
     with pytest.raises(ValueError, match="max_flows"):

@@ -95,3 +95,10 @@ async def test_wrong_arguments_are_refused_by_name() -> None:
             Shedder(**{argument: 0})
     with pytest.raises(ValueError, match="priority"):
         Shedder().admit(1)
+
+
+@pytest.mark.parametrize("waited", [-0.1, float("nan"), float("inf")])
+async def test_a_time_that_is_none_is_refused(waited: float) -> None:
+    """What was not waited for would spoil the mean, and with it the level, for good."""
+    with pytest.raises(ValueError, match="waited"):
+        Shedder().begun(waited)

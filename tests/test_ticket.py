@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 import trio
@@ -716,6 +717,45 @@ async def test_wrong_requests_are_refused() -> None:
             raise AssertionError
     with pytest.raises(TypeError, match="tickets"):
         TicketStage("db", "2")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"tickets": True}, {"max_waiting": "1"}, {"lease": "1"}, {"max_wait": None}, {"weight": 3}],
+    ids=str,
+)
+def test_arguments_of_another_kind_are_refused_by_name(arguments: dict[str, Any]) -> None:
+    """What is no number, or not callable, is a TypeError that names it."""
+    (name,) = arguments
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        TicketStage(**{"name": "db", "tickets": 1, **arguments})
+
+
+@pytest.mark.parametrize("arguments", [{"cost": 1.5}, {"cost": True}, {"lease": "1"}, {"key": []}], ids=str)
+async def test_a_request_of_another_kind_leaves_no_trace(arguments: dict[str, Any]) -> None:
+    """It is refused when it is made, whether tickets are free or others wait, and nobody waits behind it."""
+    stage = TicketStage("db", 1)
+    for _ in range(2):
+        with pytest.raises(TypeError):
+            stage.ticket_nowait(**arguments)
+        with pytest.raises(TypeError):
+            async with stage.ticket(**arguments):
+                raise AssertionError
+    with stage.ticket_nowait():
+        async with trio.open_nursery() as nursery:
+
+            async def wait() -> None:
+                async with stage.ticket():
+                    pass
+
+            nursery.start_soon(wait)
+            await wait_all_tasks_blocked()
+            with pytest.raises(TypeError):
+                async with stage.ticket(**arguments):
+                    raise AssertionError
+            assert stage.statistics().waiting == 1
+            nursery.cancel_scope.cancel()
+    assert stage.statistics().waiting == 0
 
 
 async def test_the_number_of_tickets_can_be_changed(autojump_clock: MockClock) -> None:
