@@ -55,6 +55,9 @@ class Host(Protocol):
     def farewell(self, words: str, retry_after: float) -> bytes | None:
         """Return the frame which tells a peer why its connection ends, if this wire has one."""
 
+    def ping(self, peer: Any) -> None:
+        """Send a peer something that makes it answer."""
+
     def move(self, peer: Any, flow: Hashable) -> None:
         """Let the peer's further messages belong to another flow."""
 

@@ -82,12 +82,14 @@ class Peer(Generic[M]):
         "_flow",
         "_frame_began",
         "_frames_received",
+        "_heard",
         "_host",
         "_input_mark",
         "_last_frame",
         "_leftover",
         "_output_mark",
         "_paused",
+        "_pinged",
         "_reason",
         "_room",
         "_started",
@@ -129,6 +131,8 @@ class Peer(Generic[M]):
         self._frames_received = self._bytes_received = self._bytes_sent = 0
         self._input_mark = 0  # bytes that had come when no message was queued or in hand
         self._last_frame = -inf
+        self._heard = 0  # bytes that had come when it was last looked whether any came
+        self._pinged = False  # since then
         self._frame_began = (0.0, 0)  # when the partial frame began, and how many bytes had been received before it
         self._watching_frame = self._watching_output = False
         self._output_mark = 0  # bytes the other side had read when its reading was last looked at
@@ -274,6 +278,8 @@ class Peer(Generic[M]):
         if limits.idle_within != inf:
             self._last_frame = now
             self._host.check_at(self, now + limits.idle_within, self._check_idle)
+        if limits.ping_after != inf:
+            self._host.check_at(self, now + limits.ping_after, self._check_ping)
         self._started = True
         self._transport.start(self._on_data, self._on_end, self._on_writable)
         if self._paused and not self._state:  # one that is closing reads on, to hear of the other side's end
@@ -552,6 +558,21 @@ class Peer(Generic[M]):
             return self._last_frame + within
         self.end(CloseReason.IDLE, f"no message came for {within:g} s")
         return inf
+
+    def _check_ping(self, now: float) -> float:
+        if self._state:
+            return inf
+        limits = self._host.limits
+        if self._paused or self._bytes_received != self._heard:  # paused: it is we who are not reading
+            self._heard = self._bytes_received
+            self._pinged = False
+            return now + limits.ping_after
+        if self._pinged:
+            self.end(CloseReason.VANISHED, f"nothing came within {limits.pong_within:g} s after a ping")
+            return inf
+        self._pinged = True
+        self._host.ping(self)
+        return now + limits.pong_within
 
     def _check_linger(self, now: float) -> float:
         self.abort(CloseReason.RESET)

@@ -21,6 +21,7 @@ class CloseReason(enum.Enum):
     PROTOCOL = "protocol"  #: the other side broke the rules of the wire
     SILENT = "silent"  #: no frame came within ``first_frame_within``
     IDLE = "idle"  #: no frame came within ``idle_within``
+    VANISHED = "vanished"  #: nothing came within ``pong_within`` after it was pinged
     SLOW_FRAME = "slow frame"  #: a frame took longer than ``frame_within``, and came slower than ``min_receive_rate``
     SLOW_READER = "slow reader"  #: output was pending, and was read slower than ``min_send_rate``
     CLOSED = "closed"  #: `Peer.close` was called
@@ -57,6 +58,9 @@ class PeerLimits:
         when_outbox_full: What becomes of messages sent (`Peer.send_nowait`, not replies) to a peer at that bound.
         first_frame_within: Seconds from the connection to its first complete frame.
         idle_within: Seconds without a complete frame.
+        ping_after: Seconds without any input after which a peer is pinged (``ping`` of `stagetrio.server.serve_stage`);
+            looked at once in that time, so that it is pinged after one to two times as long.
+        pong_within: Seconds after a ping within which anything must come.
         frame_within: Seconds from the first byte of a frame to its last, for a peer slower than ``min_receive_rate``.
         min_receive_rate: Bytes per second at which a long frame may take longer than ``frame_within``.
         send_grace: Seconds over which the other side's reading is measured while output is pending.
@@ -72,6 +76,8 @@ class PeerLimits:
     when_outbox_full: WhenFull = attrs.field(default=WhenFull.REFUSE, validator=attrs.validators.instance_of(WhenFull))
     first_frame_within: float = attrs.field(default=30.0, validator=_positive)
     idle_within: float = attrs.field(default=inf, validator=_positive)
+    ping_after: float = attrs.field(default=inf, validator=_positive)
+    pong_within: float = attrs.field(default=10.0, validator=_positive)
     frame_within: float = attrs.field(default=10.0, validator=_positive)
     min_receive_rate: float = attrs.field(default=240.0, validator=_not_negative)
     send_grace: float = attrs.field(default=5.0, validator=_positive)

@@ -122,8 +122,12 @@ class StageServer(Generic[M]):
         on_refused: Callable[[Peer[M], Overloaded], bytes | None] | None,
         on_connect: Hook[M] | None,
         on_disconnect: Hook[M] | None,
+        ping: Callable[[Peer[M]], M] | None,
     ) -> None:
+        if limits.ping_after != inf and ping is None:
+            raise ValueError(f"ping must say what is sent where limits.ping_after is {limits.ping_after!r}, not None")
         self.limits = limits
+        self._ping = ping
         self._handler = handler
         self._framing = framing
         called = handler if watchdog is None or handler_of is None else partial(self._dispatch_on_lane, handler_of)
@@ -447,6 +451,10 @@ class StageServer(Generic[M]):
 
         self._reaper.at(when, check_if_alive)
 
+    def ping(self, peer: Peer[Any]) -> None:
+        assert self._ping is not None
+        peer.put(self._exchange.frame_of(self._ping(peer)))
+
     def frame_of(self, message: M) -> bytes:
         return self._exchange.frame_of(message)
 
@@ -522,6 +530,7 @@ async def serve_stage(
     on_disconnect: Hook[M] | None = None,
     on_error: Callable[[Peer[M], Exception], None] | None = None,
     on_refused: Callable[[Peer[M], Overloaded], bytes | None] | None = None,
+    ping: Callable[[Peer[M]], M] | None = None,
     task_status: trio.TaskStatus[StageServer[M]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve connections: each gets its fair share of the handler, and none can hurt the others.
@@ -567,6 +576,9 @@ async def serve_stage(
             `stagetrio.codec.Failed`, or, without a codec, by the end of its connection). Without ``on_error``, the
             exception ends the server.
         on_refused: Without a codec: what to answer to a refused message; None: nothing.
+        ping: What to send to a peer that has been silent for ``limits.ping_after``: something to which the other side
+            answers, with whatever it likes. The kernel's own probes tell of a host that is gone
+            (``limits.vanished_within``), this of a program that is.
         task_status: Gets the `StageServer` once it listens.
 
     Raises:
@@ -604,5 +616,6 @@ async def serve_stage(
         on_refused=on_refused,
         on_connect=on_connect,
         on_disconnect=on_disconnect,
+        ping=ping,
     )
     await server.run(listeners, task_status.started)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import trio
-from served import CODEC, FRAMING, Say, closed_by, serving, shout
+from served import CODEC, FRAMING, Say, closed_by, echo, serving, shout
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from stagetrio.codec import Closed
@@ -17,6 +17,7 @@ from stagetrio.framing import LengthPrefixed
 from stagetrio.limiter import Overloaded
 from stagetrio.peer import Peer
 from stagetrio.rules import CloseReason, PeerLimits
+from stagetrio.server import serve_stage
 from stagetrio.transport import READ_SIZE
 
 
@@ -51,6 +52,41 @@ async def test_an_idle_connection_is_closed(kind: str, autojump_clock: MockClock
         start = trio.current_time()
         assert await client.message() == Closed("no message came for 5 s")
         assert 4.9 <= trio.current_time() - start <= 5.6
+
+
+async def test_a_silent_peer_is_pinged_and_closed_if_nothing_comes_back(kind: str, autojump_clock: MockClock) -> None:
+    """Whoever answers with anything stays however long; whoever does not is told, closed and counted."""
+    limits = PeerLimits(ping_after=10, pong_within=3, linger=1)
+    async with serving(kind, shout, codec=CODEC, limits=limits, ping=lambda peer: Say("there?")) as running:
+        alive, dead = await running.connect(), await running.connect()
+        for client in (alive, dead):
+            await client.send(CODEC.encode(Say("hello"), 1))
+            assert await client.message() == Say("HELLO")
+        start = trio.current_time()
+
+        async def answer() -> None:
+            while await alive.message() == Say("there?"):
+                await alive.stream.send_all(b"\0")  # not even a whole frame
+                await alive.stream.send_all(FRAMING.encode(CODEC.encode(Say("yes"), 1))[1:])
+                assert await alive.message() == Say("YES")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            assert await dead.message() == Say("there?")
+            assert 10 <= trio.current_time() - start <= 21
+            pinged = trio.current_time()
+            assert await dead.message() == Closed("nothing came within 3 s after a ping")
+            assert 3 <= trio.current_time() - pinged <= 3.6
+            await trio.sleep(300)
+            assert len(running.server.peers) == 1
+            assert running.server.statistics().closed == {CloseReason.VANISHED: 1}
+            nursery.cancel_scope.cancel()
+
+
+async def test_who_pings_says_with_what() -> None:
+    """A time after which to ping without a word to say is a mistake of the owner's."""
+    with pytest.raises(ValueError, match="ping must say"):
+        await serve_stage(echo, [], limits=PeerLimits(ping_after=1))
 
 
 async def test_a_frame_that_drips_is_cut_off_at_its_deadline(kind: str, autojump_clock: MockClock) -> None:
