@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import spawn
+from multiprocessing import process, spawn
 from struct import Struct
 from typing import Any, TypeVar
 
@@ -103,6 +103,10 @@ def get_ready(fd: int, make: Callable[[dict[str, Any]], T]) -> tuple[socket.sock
     received = _receive(sock)
     if received is None:
         return None
+    # As in a process of multiprocessing: a main module that does its work when it is imported, and would start workers
+    # of its own in here, is told how to guard it.
+    inheriting = process.current_process()
+    inheriting._inheriting = True  # type: ignore[attr-defined]
     try:
         setup = received[1]
         spawn.prepare(setup["main"])
@@ -110,11 +114,21 @@ def get_ready(fd: int, make: Callable[[dict[str, Any]], T]) -> tuple[socket.sock
             __import__(module)
         made = make(setup)
     except BaseException:
-        sock.sendall(frame(FAILED, traceback.format_exc()))
+        _tell(sock, FAILED, traceback.format_exc())
         return None
+    finally:
+        del inheriting._inheriting  # type: ignore[attr-defined]
     threading.Thread(target=_watch_parent, args=(sock.fileno(),), name="stagetrio parent watch", daemon=True).start()
-    sock.sendall(frame(READY, None))
-    return sock, made
+    return (sock, made) if _tell(sock, READY, None) else None
+
+
+def _tell(sock: socket.socket, kind: int, message: object) -> bool:
+    """Tell the parent something; whether it is still there."""
+    try:
+        sock.sendall(frame(kind, message))
+    except OSError:
+        return False
+    return True
 
 
 def main(fd: int) -> None:

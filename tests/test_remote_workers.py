@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -295,6 +297,30 @@ async def test_what_a_worker_could_not_find() -> None:
     with pytest.raises(TypeError, match=r"can be imported by their names.*nowhere"):
         async with open_remote_workers(local, 1):
             raise AssertionError("entered")
+
+
+def test_a_main_module_that_cannot_be_imported_without_doing_its_work(tmp_path: Path) -> None:
+    """A worker that would start workers of its own does not get ready, and the error says what the program lacks."""
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        "import trio\n"
+        "from stagetrio.remote import Procedures, open_remote_workers\n"
+        "procedures = Procedures()\n"
+        "@procedures.procedure\n"
+        "async def one() -> int: return 1\n"
+        "async def main():\n"
+        "    print('begun', flush=True)\n"
+        "    async with open_remote_workers(procedures, 1) as workers:\n"
+        "        print(await workers.call(one))\n"
+        "trio.run(main)\n"
+    )
+    root = Path(__file__).parent.parent
+    command, env = [sys.executable, str(script)], {**os.environ, "PYTHONPATH": str(root)}
+    ran = subprocess.run(command, env=env, capture_output=True, timeout=60, text=True)
+    assert ran.returncode == 1
+    assert ran.stdout.split() == ["begun", "begun"]
+    assert "if __name__ == '__main__':" in ran.stderr
+    assert "WorkerLost: the worker process could not get ready" in ran.stderr
 
 
 @pytest.mark.parametrize(
