@@ -72,7 +72,7 @@ class Backlog(Generic[C]):
 
     def take(self) -> C | None:
         """The next job in fair order whose key is free, its key in hand now; None: there is none."""
-        while True:
+        while self:  # asked first, since an exception costs more than a trivial job
             if self._freed:
                 job = self._freed.popleft()
             else:
@@ -89,6 +89,11 @@ class Backlog(Generic[C]):
                 return job
             self.settle(job, 0)
             self.release_key(job)
+        return None
+
+    def __bool__(self) -> bool:
+        """Whether there may be a job to take."""
+        return bool(self.queued or self._freed)
 
     def settle(self, job: C, seconds: float) -> None:
         """Book what one call of a job has taken."""

@@ -157,6 +157,8 @@ class Dispatch:
         return self.crew.limit + max(1, min(MAX_AHEAD, int(AHEAD / self._typical)))
 
     def _pump(self) -> None:
+        if not self._backlog:
+            return
         room = self._room
         while self._in_hand < room:
             job = self._backlog.take()
