@@ -6,9 +6,11 @@ listening sockets, and only when it is ready the predecessor is told to drain. E
 (its worker died, or is too old; a reload; fewer slots wanted) sets a flag or an event and wakes this task, which then
 looks at the state as it is. So two causes at once are one replacement, and none is lost.
 
-A worker that ends unasked is replaced at once, if it has been stable. One that ends within `STABLE_SECONDS`, or before
-it was ready, makes its slot wait, twice as long each time, up to `MAX_BACKOFF` seconds, give or take a quarter, so that
-slots which fail for one reason do not retry together. The very first worker is started alone, and the others when it is
+A worker that ends unasked is replaced at once, if it has been ready for `STABLE_SECONDS` (no longer: workers that are
+killed from outside again and again must come back as fast). One that ends sooner makes its slot wait, from the second
+in a row on, twice as long each time, up to `MAX_BACKOFF` seconds, give or take a quarter, so that slots which fail for
+one reason do not retry together. A slot that waits for long does not listen, unless nobody else serves: connections
+would go on to be given to it, and wait as well. The very first worker is started alone, and the others when it is
 ready: if it exits by itself before that, what it was to serve is broken, which is said once, and ends the arbiter's
 task: `CannotStart`.
 
@@ -33,9 +35,10 @@ from stagetrio.worker_process import Timing, WorkerProcess
 
 logger = logging.getLogger("stagetrio.prefork")
 
-STABLE_SECONDS = 5.0
+STABLE_SECONDS = 1.0
 MAX_BACKOFF = 30.0
 FIRST_BACKOFF = 0.25
+MAX_UNSERVED = 0.5  # seconds for which connections wait in the queue of a slot without a worker
 CHECK_SECONDS = 5.0  # between two looks at the workers' age and memory
 
 
@@ -108,6 +111,11 @@ class _Slot:
         self.backing_off = False
         self.settled = trio.Event()  # the last replacement asked for has been made, or given up
         self.reload_failed = False
+
+    @property
+    def served(self) -> bool:
+        """Whether there is a worker in it that is ready."""
+        return self.current is not None and self.current.ready and not self.current.gone.is_set()
 
 
 class Arbiter:
@@ -204,7 +212,7 @@ class Arbiter:
         Checkpoints: always; a cancelled wait changes nothing.
         """
         await trio.lowlevel.checkpoint()
-        while not all(slot.current is not None and slot.current.ready for slot in self._slots.values()):
+        while not all(slot.served for slot in self._slots.values()):
             await self._changed.wait()
 
     async def stop(self) -> None:
@@ -318,7 +326,7 @@ class Arbiter:
         age = trio.current_time() - worker.born
         before = "" if worker.ready else " before it was ready"
         logger.error("%s %s%s, %.3g s old", worker, worker.described_end(), before, age)
-        slot.failures = 0 if worker.ready and age >= STABLE_SECONDS else slot.failures + 1
+        slot.failures = 0 if worker.ready_seconds >= STABLE_SECONDS else slot.failures + 1
 
     async def _back_off(self, slot: _Slot) -> None:
         if slot.failures <= 1 and self._any_ready:
@@ -327,12 +335,17 @@ class Arbiter:
         logger.warning(
             "worker %d has failed %d times in a row: next try in %.2g s", slot.number, slot.failures, seconds
         )
+        if seconds >= MAX_UNSERVED and slot.current is None and self._others_ready(slot):
+            self._sockets.close_slot(slot.number)  # opened again for the next try
         slot.backing_off = True
         until = trio.current_time() + seconds
         while not slot.retired and trio.current_time() < until:
             with trio.move_on_at(until):
                 await slot.wakeup.wait()
         slot.backing_off = False
+
+    def _others_ready(self, slot: _Slot) -> bool:
+        return any(other.served for other in self._slots.values() if other is not slot)
 
     def _tell_change(self) -> None:
         self._changed.set()

@@ -37,6 +37,7 @@ from typing import Any
 import trio
 
 ORPHAN_SECONDS = 5.0  # given to a worker whose arbiter is gone to unwind what the grace has cut off
+ENDLESS_SECONDS = 1e8  # what an infinite grace comes to there
 
 
 class Worker:
@@ -176,7 +177,7 @@ def _watch_arbiter(worker: Worker, channel: socket.socket, everything: trio.Canc
         poll.poll()
         with contextlib.suppress(trio.RunFinishedError):
             token.run_sync_soon(worker._drain.set)
-            time.sleep(worker.grace)
+            time.sleep(min(worker.grace, ENDLESS_SECONDS))
             token.run_sync_soon(everything.cancel, "the arbiter is gone, and the grace over")
             time.sleep(ORPHAN_SECONDS)
         os._exit(os.EX_UNAVAILABLE)

@@ -36,6 +36,7 @@ class ProcessLink:
         self.born = self.idle_since = trio.current_time()
         self.calls = 0
         self.retired = False
+        self._killed = False
         self._sock = sock
         self._received = bytearray()
 
@@ -64,8 +65,8 @@ class ProcessLink:
         """Await one step of an exchange; whatever is wrong with the socket means that the worker is gone."""
         try:
             return await step
-        except trio.ClosedResourceError:
-            why = "was ended with its pool"
+        except trio.ClosedResourceError:  # by `end`, though its end of the socket may be held by a child of its own
+            why = "was ended with its pool" if self._killed else ending(await self.process.wait())
         except (OSError, EOFError):
             with trio.move_on_after(DYING_SECONDS, shield=True):
                 await self.process.wait()
@@ -122,6 +123,7 @@ class ProcessLink:
         """
         with trio.CancelScope(shield=True):
             if self.process.returncode is None:
+                self._killed = True
                 self.process.kill()
             await self.process.wait()
         if self._sock.fileno() != -1:

@@ -83,6 +83,7 @@ class WorkerProcess:
         self.gone = trio.Event()
         self.status: int | None = None  # as of subprocess: negative for a signal
         self.born = trio.current_time()
+        self._ready_since = math.inf
         self._config = config
         self._sockets = sockets
         self._timing = timing
@@ -96,6 +97,11 @@ class WorkerProcess:
     def pid(self) -> int | None:
         """Its process id; None before it has one."""
         return None if self._process is None else self._process.pid
+
+    @property
+    def ready_seconds(self) -> float:
+        """For how long it has been ready; 0 before it is."""
+        return max(0.0, trio.current_time() - self._ready_since)
 
     async def run(self) -> None:
         """Start the process and stay with it until it is gone; cancelled, kill it.
@@ -151,6 +157,8 @@ class WorkerProcess:
                 except ConnectionError:
                     said = b""
             if patience.cancelled_caught:
+                if trio.current_time() > patience.deadline + self._timing.heartbeat:
+                    continue  # this process has slept itself, and perhaps all have: a frozen container, a laptop
                 await self._abort(process)
                 return
             if not said:
@@ -162,6 +170,7 @@ class WorkerProcess:
     def _hear(self, said: bytes) -> None:
         if b"R" in said and not self.ready:
             self.ready = True
+            self._ready_since = trio.current_time()
             self._on_change()
         if b"Q" in said and not self.wants_replacement:
             self.wants_replacement = True

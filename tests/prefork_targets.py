@@ -58,6 +58,13 @@ async def dies_when_ready(worker: Worker) -> None:
     os.kill(os.getpid(), 9)
 
 
+async def dies_in_slot_1(worker: Worker) -> None:
+    """Like `pids`, but the worker of one slot ends as soon as it is ready."""
+    if worker.number == 1:
+        await dies_when_ready(worker)
+    await pids(worker)
+
+
 async def hangs_when_asked(worker: Worker) -> None:
     """Serve; a connection that sends "hang" gets the loop stuck in a function called `stuck_here`."""
 

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,8 @@ async def arbiter_of(function: str, processes: int, *arguments: object, **option
             target, [LOCAL], processes=processes, arguments=arguments, **(QUICK | options)
         ) as arbiter:
             yield arbiter
-            pids = [worker.pid for worker in arbiter.statistics().workers]
+            pids = [worker.pid for worker in arbiter.statistics().workers if worker.pid is not None]
     for pid in pids:
-        assert pid is not None
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
 
@@ -109,6 +109,18 @@ async def test_a_stopped_process_is_replaced_all_the_same() -> None:
         os.kill(stopped, signal.SIGSTOP)
         assert await ask(arbiter) != stopped
         assert arbiter.statistics().hung == 1
+
+
+async def test_an_arbiter_that_was_asleep_itself_accuses_nobody() -> None:
+    """Where a machine or a container is frozen and goes on, workers go on, too."""
+    async with arbiter_of("pids", 1, hang_after=2) as arbiter:
+        await arbiter.wait_ready()
+        pid = await ask(arbiter)
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(2.5)  # noqa: ASYNC251 - this is the frozen arbiter
+        os.kill(pid, signal.SIGCONT)
+        assert await ask(arbiter) == pid
+        assert arbiter.statistics().hung == 0
 
 
 async def test_a_worker_that_does_not_get_ready_in_time_is_taken_for_hung(tmp_path: Path) -> None:
@@ -238,6 +250,20 @@ async def test_a_crash_loop_is_slowed_down(caplog: pytest.LogCaptureFixture) -> 
     waits = [record for record in caplog.records if "next try" in record.getMessage()]
     assert len(waits) >= 2
     assert [record.levelno for record in waits] == [logging.WARNING] * len(waits)
+
+
+async def test_a_slot_that_backs_off_for_long_does_not_listen() -> None:
+    """Or its share of the connections would wait there, while others could serve them."""
+    async with arbiter_of("dies_in_slot_1", 2) as arbiter:
+        (address,) = arbiter.addresses
+        assert isinstance(address, TcpAddress)
+        where = f"0100007F:{address.port:04X} 00000000:0000 0A"  # as /proc says it: listening on 127.0.0.1
+
+        def listening() -> int:
+            return Path("/proc/net/tcp").read_text().count(where)
+
+        await until(lambda: arbiter.statistics().backing_off == 1 and listening() == 1)
+        await until(lambda: listening() == 2)  # for the next try
 
 
 async def test_a_worker_that_ignores_the_drain_is_killed_after_the_grace() -> None:

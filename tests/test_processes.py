@@ -125,6 +125,16 @@ async def test_a_dead_worker_is_lost_to_its_caller_and_to_nobody_else(tmp_path: 
     assert pool.statistics().lost == 2
 
 
+async def test_a_child_of_a_dead_worker_hides_nothing(tmp_path: Path) -> None:
+    """It inherited the worker's end of the socket, so no end of it is seen; that of the process is."""
+    async with open_process_pool(1) as pool:
+        with pytest.raises(WorkerLost, match="SIGKILL") as lost:
+            await pool.call(jobs.forks_and_dies, str(tmp_path / "go"))
+        assert lost.value.may_have_run
+        assert await pool.call(len, "abc") == 3
+        (tmp_path / "go").touch()
+
+
 async def test_a_worker_that_died_while_idle_is_replaced() -> None:
     """Nobody notices."""
     async with open_process_pool(1) as pool:
