@@ -41,7 +41,8 @@ class Transport(Protocol):
 
         Args:
             on_data: Called with bytes that came, never empty ones.
-            on_end: Called once, when no more will come: with None after an orderly end, else with the error.
+            on_end: Called when no more will come: with None after an orderly end, else with the error; an error may
+                follow an orderly end, if output is lost.
             on_writable: Called when `write` has room again after it did not take everything.
         """
 
@@ -199,7 +200,8 @@ class StreamTransport:
                         await self._stream.send_eof()
                     return
             except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return  # the reader hears of it too, and tells
+                self._on_end(ConnectionResetError("the stream broke"))  # the reader may have seen an orderly end before
+                return
             self._output = b""
             if self._ending:
                 self._has_output.set()

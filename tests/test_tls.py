@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import ssl
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import trio
 import trustme
+from fuzzed import TRIED
 from served import Raw, Running, closed_by, serving
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -21,6 +23,7 @@ from stagetrio.peer import Peer
 from stagetrio.rules import CloseReason, PeerLimits
 from stagetrio.tls import TlsListener, secure
 
+HELLOS = int(os.environ.get("STAGETRIO_FUZZ", "1000")) // 5
 AUTHORITY = trustme.CA()
 CERTIFICATE = AUTHORITY.issue_cert("localhost")
 
@@ -261,3 +264,48 @@ async def test_wrong_arguments_are_named(options: dict[str, Any], error: type[Ex
     async with (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0] as listener:
         with pytest.raises(error, match=words):
             secure(listener, **{"ssl_context": server_context(), **options})
+
+
+def hello(rng: random.Random, context: ssl.SSLContext) -> bytes:
+    """What a client says first, some bytes of it changed, lost or added, and perhaps any bytes behind."""
+    output = ssl.MemoryBIO()
+    client = context.wrap_bio(ssl.MemoryBIO(), output, server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    wire = bytearray(output.read())
+    for _ in range(rng.choice([0, 1, 2, 5, 20])):
+        at = rng.randrange(len(wire))
+        wire[at : at + rng.randrange(4)] = rng.randbytes(rng.randrange(4))
+    return bytes(wire) + rng.randbytes(rng.choice([0, 0, 100]))
+
+
+async def test_no_bytes_can_hurt_a_handshake() -> None:
+    """Mutated hellos in random segments fail, each by itself, and give their places back."""
+    rng = random.Random(4)
+    context = client_context()
+    made: list[TlsListener] = []
+    async with serving("tcp", keep=False, wrap=wrapping(made, server_context(), max_handshakes=3)) as running:
+        for _ in range(HELLOS):
+            stream = (await running.connect()).stream
+            wire = hello(rng, context)
+            try:
+                while wire:
+                    size = rng.randint(1, len(wire))
+                    await stream.send_all(wire[:size])
+                    wire = wire[size:]
+                    await trio.lowlevel.checkpoint()
+                await stream.send_eof()
+                while await stream.receive_some():
+                    pass
+            except trio.BrokenResourceError:
+                pass
+            await trio.aclose_forcefully(stream)
+        TRIED["handshakes"] += HELLOS
+        good = await dial(running)
+        await good.send(b"still there")
+        assert await good.receive() == b"still there"
+        statistics = made[0].statistics()
+        assert (statistics.waiting, statistics.under_way, statistics.completed) == (0, 0, 1)
+        assert statistics.failed == HELLOS
+        assert running.server.statistics().closed == {CloseReason.HANDSHAKE: HELLOS}
+        await trio.aclose_forcefully(good.stream)
