@@ -60,13 +60,15 @@ class Interruptible(Protocol):
 
     stack: Any
     put_off: int  # attempts to stop it in this slice
-    next_chance: FrameType | None  # the frame in which, after one that failed, the next may succeed
 
     def end_of_slice(self) -> float:
         """When it is to be interrupted."""
 
-    def may_stop(self, frame: FrameType, *, at_a_seam: bool) -> bool:
-        """Whether it may be stopped in ``frame``; ``at_a_seam``: certainly not inside of C code."""
+    def may_stop(self, frame: FrameType, *, at_a_seam: bool) -> tuple[bool, FrameType | None]:
+        """Whether it may be stopped in ``frame``; ``at_a_seam``: certainly not inside of C code.
+
+        And, if not, the frame in which that may next be had, as far as it is known.
+        """
 
 
 L = TypeVar("L", bound=Interruptible)
@@ -109,36 +111,47 @@ class Interruptions(Generic[L]):
             frame: The frame that was being executed.
             at_a_seam: It is known that no C code is under way in the frame.
         """
+        try:
+            lane = self._to_be_stopped(frame, at_a_seam)
+        except RecursionError:  # the handler is about to meet it too; the alarm rings again
+            self._judging = False
+            return
+        if lane is None:
+            return
+        self.forced += 1
+        try:
+            self.alarm.enter(lane.stack.stop)
+        except BaseException as error:
+            assert frame is not None
+            if not self.alarm.raise_later(frame, error):
+                raise
+
+    def _to_be_stopped(self, frame: FrameType | None, at_a_seam: bool) -> L | None:
         lane = self.active
         if lane is None:
             self.alarm.disarm()
-            return
+            return None
         if self._judging or frame is None:
-            return
+            return None
         now = self.alarm.clock()
         end = lane.end_of_slice()
         if now < end:
             self.alarm.arm(end, now)
-            return
+            return None
         if frame.f_globals.get("__name__") in MACHINERY:
             self.alarm.arm(now + RETRY_SECONDS, now)  # not the handler's doing, and over in a moment
-            return
+            return None
         self._judging = True  # until this is decided, another ring has nothing to add
-        stops = lane.may_stop(frame, at_a_seam=at_a_seam)
+        stops, next_chance = lane.may_stop(frame, at_a_seam=at_a_seam)
         self._judging = False
         if stops:
-            self.forced += 1
-            try:
-                self.alarm.enter(lane.stack.stop)
-            except BaseException as error:
-                if not self.alarm.raise_later(frame, error):
-                    raise
-            return
+            return lane
         self.put_off += 1
         lane.put_off += 1
-        if lane.next_chance is not None:
-            self.alarm.ring_in(lane.next_chance)
+        if next_chance is not None:
+            self.alarm.ring_in(next_chance)
         self.alarm.arm(now + min(RETRY_SECONDS * 2.0 ** min(lane.put_off, 32), self.quantum / 4), now)
+        return None
 
 
 class Alarm:

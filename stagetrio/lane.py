@@ -134,7 +134,6 @@ class Lane:
         self._withheld = 0.0  # seconds for which cleanup has held the loop although cancelled
         self.put_off = 0  # attempts to stop it in this slice
         self._denied = ""  # where the last of them was made
-        self.next_chance: FrameType | None = None  # the frame in which the next may succeed
         self.exceeded = False
         self.scope: trio.CancelScope | None = None
         self.on_preempt: Callable[[], object] | None = None
@@ -267,22 +266,24 @@ class Lane:
             return self.end_at
         return min(self.end_at, self.since + self.budget - self._before)
 
-    def may_stop(self, frame: FrameType, *, at_a_seam: bool) -> bool:
-        """Whether the handler in hand may be stopped in ``frame``; remembers whether it is in cleanup there."""
-        self.next_chance = None
+    def may_stop(self, frame: FrameType, *, at_a_seam: bool) -> tuple[bool, FrameType | None]:
+        """Whether the handler in hand may be stopped in ``frame``; remembers whether it is in cleanup there.
+
+        And, if not, the frame in which it may next be.
+        """
         if greenlet.getcurrent() is not self.stack:
-            return False
+            return False, None
         if self.stack.masked:
             self._denied = "no_preempt()"
             self.stack.on_unmasked = self._unmasked
-            return False
+            return False, None
         frames = frames_up_to(frame, own_code(self.handler, self.coroutine))
-        denied, self.next_chance = judge(frames, self._loop.preemptible)
+        denied, next_chance = judge(frames, self._loop.preemptible)
         if denied or not (at_a_seam or is_at_a_seam(frame)):
             self._denied = denied or f"C code called by {frame.f_code.co_qualname}"
-            return False
+            return False, next_chance
         self._cleaning = in_cleanup(frames)
-        return True
+        return True, None
 
     def _unmasked(self, frame: FrameType) -> None:
         if self._loop.active is self:

@@ -9,7 +9,7 @@ back to, the signal handler returns and the interrupted code goes on. Everything
 to the task that drives the stack, which yields it in turn, so awaits, cancel scopes and nurseries work as always.
 
 Stacks are reused: a greenlet costs ten times a switch. One that is idle waits, in the middle of `Stack._work`, for its
-next coroutine, and runs it by ``yield from``: so the end of a coroutine, unlike with ``send``, is not an exception.
+next coroutine, and awaits it: so the end of a coroutine, unlike with ``send``, is not an exception.
 
 **Where a stack begins.** Greenlets share the C stack of their thread. One begins where it is first switched to, and at
 every switch what its driver has beyond that place on the C stack is copied to the heap and back: a driver that is
@@ -24,8 +24,7 @@ task that is protected, another one as protected.
 from __future__ import annotations
 
 import sys
-import types
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -48,7 +47,7 @@ class Thrown:
 
 
 @enable_ki_protection
-async def _protected(coroutine: Coroutine[Any, Any, Any]) -> Any:
+async def _protected(coroutine: Awaitable[Any]) -> Any:
     return await coroutine
 
 
@@ -92,14 +91,11 @@ class Stack(greenlet.greenlet):  # type: ignore[misc]
             answer = None
 
     @disable_ki_protection
-    @types.coroutine
-    def _work(self) -> Generator[Any, Any, None]:
+    async def _work(self) -> None:
         while True:
             try:
-                steps = self.back.switch(FINISHED)
-                if self.protected:
-                    steps = _protected(steps)
-                self.value = yield from steps
+                coroutine = self.back.switch(FINISHED)
+                self.value = await (_protected(coroutine) if self.protected else coroutine)
             except BaseException as error:
                 if self.back is None:
                     raise

@@ -121,11 +121,17 @@ def name_of(handler: Callable[..., Any]) -> str:
 
 
 def frames_of_step(frame: FrameType | None) -> tuple[list[FrameType], bool]:
-    """Return the frames of the current task's step, innermost first, and whether the loop itself was reached."""
+    """Return the frames of the current task's step, innermost first, and whether the loop itself was reached.
+
+    On a stack of its own (`stagetrio.preempt`) a handler's frames end where it is driven.
+    """
     frames: list[FrameType] = []
     while frame is not None:
-        if frame.f_code.co_name == "unrolled_run" and frame.f_globals.get("__name__") == "trio._core._run":
+        name = frame.f_code.co_name
+        if name == "unrolled_run" and frame.f_globals.get("__name__") == "trio._core._run":
             return frames, True
+        if name == "_work" and frame.f_globals.get("__name__") == "stagetrio.preempt":
+            return frames, False
         frames.append(frame)
         frame = frame.f_back
     return frames, False

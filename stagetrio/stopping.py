@@ -21,8 +21,9 @@ what is being called is looked up; a file, and what cannot be identified, is not
 **Callbacks.** C code may call Python in the middle of something: a list is empty while it is being sorted. Then the
 calling frame is at a call whose callee is not the Python function that runs above it. That is harmless where the callee
 is a function of the interpreter's own modules (``sum``, ``map``, ``sorted``: what they build is nobody else's yet) or a
-method of an immutable object (``str.join``, ``re.Pattern.sub``). A method of anything else (``list.sort``), another
-module's C function, and what cannot be identified, is not left.
+method of an immutable object (``str.join``, ``re.Pattern.sub``, ``Context.run``). A method of anything else
+(``list.sort``), another module's C function, and what cannot be identified, is not left. Nor is a trace or profile
+function: the interpreter calls it between two instructions of somebody else's, with tracing switched off.
 
 **Identifying a callee.** The interrupted instruction has a source position; the expression that stands there is
 parsed, and its names are looked up in the frame, statically: nothing is executed. Without the source, nothing is
@@ -45,8 +46,10 @@ import inspect
 import io
 import linecache
 import re
+import sys
 import types
 from collections.abc import Iterable, Iterator
+from contextvars import Context
 from types import CodeType, FrameType, ModuleType
 from typing import Any
 
@@ -68,7 +71,7 @@ FILE_NAMES = {name for kind in FILES for name in dir(kind) if not name.startswit
     "input",
     "open",
 }
-IMMUTABLE = (str, bytes, int, float, complex, tuple, frozenset, range, re.Pattern, re.Match)
+IMMUTABLE = (str, bytes, int, float, complex, tuple, frozenset, range, re.Pattern, re.Match, Context)
 OWN_MODULES = {"builtins", "itertools", "functools", "_functools", "_operator", "math", "time"}
 PYTHON = (types.FunctionType, types.MethodType, type, functools.partial, type(functools.lru_cache(len)))
 
@@ -148,6 +151,7 @@ def judge(frames: list[FrameType], preemptible: tuple[str, ...]) -> tuple[str, F
     if not frames:
         return "code that is not the handler's", None
     module = frames[-1].f_globals
+    tracers = {_code_of(sys.gettrace()), _code_of(sys.getprofile())}
     caller: FrameType | None = None
     for frame in reversed(frames):
         name = frame.f_globals.get("__name__", "")
@@ -155,10 +159,16 @@ def judge(frames: list[FrameType], preemptible: tuple[str, ...]) -> tuple[str, F
             frame.f_globals is module or any(name == one or name.startswith(one + ".") for one in preemptible)
         ):
             return f"{name}.{frame.f_code.co_qualname}", caller
+        if caller is not None and (frame.f_code in tracers or frame.f_code is _code_of(caller.f_trace)):
+            return f"the trace function {frame.f_code.co_qualname}", caller
         if caller is not None and not _calls_directly(caller, frame.f_code):
             return f"C code between {caller.f_code.co_qualname} and {frame.f_code.co_qualname}", caller
         caller = frame
     return "", caller
+
+
+def _code_of(tracer: Any) -> CodeType | None:
+    return None if tracer is None else getattr(getattr(tracer, "__func__", tracer), "__code__", None)
 
 
 # C code.
