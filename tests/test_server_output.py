@@ -115,8 +115,7 @@ async def last_reply(port: int) -> tuple[int, bool]:
         received = 0
         with suppress(trio.BrokenResourceError):
             while True:
-                with suppress(trio.BrokenResourceError):
-                    await stream.send_all(WIDE.encode(bytes(1000)))  # nobody is going to ask for it
+                await stream.send_all(WIDE.encode(bytes(1000)))  # nobody is going to ask for it
                 data = await stream.receive_some(16384)
                 if not data:
                     return received, True
