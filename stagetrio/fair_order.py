@@ -216,9 +216,8 @@ class FairOrder(Filing[F, T]):
 
     def take(self, max_items: int) -> list[Delivery[F, T]]:
         """Remove up to ``max_items`` items in fair order; each reserves an estimate until it is settled."""
-        while self.abandoned:
-            record, declared, estimate = self.abandoned.popleft()
-            self.settle(record, declared, estimate, estimate)
+        if self.abandoned:
+            self.settle_abandoned()
         if self.woken:
             self.file_woken()
         ranks = self._ranks
@@ -257,6 +256,7 @@ class FairOrder(Filing[F, T]):
             self.virtual_time = finish
         record.in_hand += 1
         record.reserved += estimate * record.inverse
+        self.reserved += estimate
         if record.rest:
             record.first = record.rest.popleft()
             finish += record.reserved
@@ -269,6 +269,12 @@ class FairOrder(Filing[F, T]):
         if self._weight > 0:
             self._clock += estimate / self._weight
         return delivery
+
+    def settle_abandoned(self) -> None:
+        """Book the deliveries that were dropped, at their estimates."""
+        while self.abandoned:
+            record, declared, estimate = self.abandoned.popleft()
+            self.settle(record, declared, estimate, estimate)
 
     def settle(self, record: Flow[F, T], declared: float, estimate: float, actual: float) -> None:
         """Book the true cost of an item that was taken, in place of its estimate, and learn from it."""
@@ -289,6 +295,7 @@ class FairOrder(Filing[F, T]):
         if self._weight > 0:
             self._clock += (actual - estimate) / self._weight
         self.in_hand -= 1
+        self.reserved = self.reserved - estimate if self.in_hand else 0.0
         record.in_hand -= 1
         record.reserved = record.reserved - estimate * inverse if record.in_hand else 0.0
         record.finish += actual * inverse

@@ -57,6 +57,7 @@ class Filing(Generic[F, T]):
         self._held: set[Flow[F, T]] = set()
         self._filed = 0  # flows with items, not counting the woken
         self.in_hand = 0  # deliveries taken and not settled
+        self.reserved = 0.0  # the estimates of those, not normalised
         self.abandoned: deque[tuple[Flow[F, T], float, float]] = deque()  # filled by finalizers, in any thread
 
     @property

@@ -8,11 +8,13 @@ flow of the first has items, nothing of the second is taken. Strict priority sta
 share of the work which it gets whenever it has items, whatever comes before it.
 
 The reserve is kept by a balance for each class: every piece of work adds the class's share of it, the class's own work
-is taken off, and a class whose balance is above 0 is served first. The balance is 0 when the class has no items, and
-does not fall further below 0 than one item: what a class got beyond its reserve, because nobody else wanted it, is not
-held against it later, and a reserve that was not used is not saved.
+is taken off. The balance is 0 when nothing of the class can be served, and does not fall further below 0 than what was
+booked for the class last: what a class got beyond its reserve, because nobody else wanted it, is not held against it
+later, and a reserve that was not used is not saved.
 
-Work is counted as it is booked; what is in hand counts as the class's latest estimate for each item.
+Only booked work moves the balance. What is in hand counts beside it, by its estimates and as long as it is in hand: a
+class is served first when its balance, with its share of all that is in hand added and its own taken off, is above 0.
+So a first guess that is wrong by orders of magnitude does no harm once the item is settled.
 
 Source: strict priority with a minimum share is CBQ's (Floyd and Jacobson, 1995) in its simplest form.
 """
@@ -52,17 +54,14 @@ class PriorityClass:
 
 
 class _Class(Generic[F, T]):
-    __slots__ = ("balance", "estimate", "order", "reserve", "seen")
+    __slots__ = ("balance", "latest", "order", "reserve", "seen")
 
     def __init__(self, order: FairOrder[F, T], reserve: float) -> None:
         self.order = order
         self.reserve = reserve
         self.balance = 0.0
-        self.estimate = 1.0  # of its latest item
+        self.latest = 0.0  # what was booked last
         self.seen = 0.0  # its work when balances were drawn last
-
-    def work(self) -> float:
-        return self.order.work + self.order.in_hand * self.estimate
 
 
 class PriorityOrder(Generic[F, T]):
@@ -135,33 +134,35 @@ class PriorityOrder(Generic[F, T]):
         if not self._reserved:
             return heads[0] if heads else None
         self._draw_balances()
-        due = [each for each in heads if each.balance > 0]
-        return due[0] if due else heads[0] if heads else None
+        in_hand = sum(each.order.reserved for each in self._in_turn)
+        for each in heads:
+            if each.balance + each.reserve * in_hand - each.order.reserved > 0:
+                return each
+        return heads[0] if heads else None
 
     def _draw_balances(self) -> None:
-        done = [each.work() - each.seen for each in self._in_turn]
+        for each in self._in_turn:
+            if each.order.abandoned:
+                each.order.settle_abandoned()
+        done = [each.order.work - each.seen for each in self._in_turn]
         total = sum(done)
         for each, own in zip(self._in_turn, done, strict=True):
             each.seen += own
+            if own > 0:
+                each.latest = own
             balance = each.balance + each.reserve * total - own
-            each.balance = max(balance, -each.estimate) if each.order.backlogged else 0.0
+            each.balance = max(balance, -each.latest) if each.order.servable else 0.0
 
     def take_items(self, max_items: int) -> list[T]:
         """Remove up to ``max_items`` items, each booked at its declared cost."""
         taken: list[T] = []
         while len(taken) < max_items and (chosen := self._choose()) is not None:
-            before = chosen.order.work
-            more = chosen.order.take_items(1 if self._reserved else max_items - len(taken))
-            if self._reserved:
-                chosen.estimate = chosen.order.work - before
-            taken += more
+            taken += chosen.order.take_items(1 if self._reserved else max_items - len(taken))
         return taken
 
     def take(self, max_items: int) -> list[Delivery[F, T]]:
         """Remove up to ``max_items`` items; each reserves an estimate until it is settled."""
         taken: list[Delivery[F, T]] = []
         while len(taken) < max_items and (chosen := self._choose()) is not None:
-            more = chosen.order.take(1 if self._reserved else max_items - len(taken))
-            chosen.estimate = more[-1]._estimate
-            taken += more
+            taken += chosen.order.take(1 if self._reserved else max_items - len(taken))
         return taken

@@ -89,6 +89,7 @@ def take_runs(order: FairOrder[F, T], max_items: int, quantum: float) -> list[Ru
         order.in_hand += count
         record.in_hand += count
         record.reserved += estimate * count * record.inverse
+        order.reserved += estimate * count
         runs.append(Run(record.key, _pop(order, record, count), estimate, record, order, count))
     return runs
 
@@ -175,5 +176,6 @@ def _settle(order: FairOrder[Any, Any], record: Flow[Any, Any], count: int, esti
 def _release(order: FairOrder[Any, Any], record: Flow[Any, Any], count: int, estimate: float) -> None:
     """Take back what items in hand have reserved."""
     order.in_hand -= count
+    order.reserved = order.reserved - estimate * count if order.in_hand else 0.0
     record.in_hand -= count
     record.reserved = record.reserved - estimate * count * record.inverse if record.in_hand else 0.0

@@ -113,6 +113,10 @@ async def test_what_is_held_keeps_no_worker_busy(mock_clock: MockClock) -> None:
     queue.send_nowait("a", "old")
     mock_clock.jump(1)
     assert queue.receive_nowait() == "old"
+    for item in ("new", "newer"):
+        queue.send_nowait("a", item)
+    mock_clock.jump(0.15)  # more than the target, but nothing that can be served has stood for long
+    assert await queue.receive_batch(9) == ["new", "newer"]
 
 
 async def test_each_class_has_its_patience(mock_clock: MockClock) -> None:
