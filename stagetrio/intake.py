@@ -25,7 +25,7 @@ memory ATM switch", 1998, for what a shared buffer needs.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import Any, Generic, Protocol, final
 
@@ -403,7 +403,9 @@ class FlowChannel(trio.abc.SendChannel[T], Generic[F, T]):
             intake.woken.append(record)
         else:
             rest = record.rest
-            if rest is None or len(rest) >= intake.rest_bound or record.costs is not None:
+            if rest is None:
+                rest = record.rest = deque()
+            if len(rest) >= intake.rest_bound or record.costs is not None:
                 intake.send_nowait(record, item, cost)
                 return
             rest.append(item)
