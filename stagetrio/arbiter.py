@@ -269,7 +269,8 @@ class Arbiter:
         slot.settled.set()
         if slot.current is not None:
             await slot.current.drain()
-        self._sockets.close_slot(slot.number)
+        if slot.number not in self._slots:  # nor has another one its sockets
+            self._sockets.close_slot(slot.number)
 
     async def _begin(self, slot: _Slot) -> WorkerProcess | None:
         """Start a worker and wait until it is ready; None: it was not to be, and the slot has waited."""
@@ -355,6 +356,8 @@ class Arbiter:
 
     async def _replace_all(self) -> bool:
         for slot in tuple(self._slots.values()):
+            if slot.retired:  # meanwhile
+                continue
             slot.settled = trio.Event()
             slot.reload_failed = False
             slot.replace = True

@@ -210,6 +210,30 @@ async def test_scaling_up_and_down() -> None:
             arbiter.scale(0)
 
 
+async def test_a_slot_that_comes_back_keeps_its_sockets() -> None:
+    """Scaled down and up again before its worker has drained: the old worker's end closes nothing of the new one's."""
+    async with arbiter_of("pids", 2) as arbiter:
+        await arbiter.wait_ready()
+        descriptors = len(os.listdir("/proc/self/fd"))
+        old = serving(arbiter)[1]
+        arbiter.scale(1)
+        arbiter.scale(2)
+        await until(lambda: len(arbiter.statistics().workers) == 2 and serving(arbiter).get(1, old) != old)
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+async def test_a_reload_passes_over_slots_that_have_gone() -> None:
+    """Scaled down in the middle of a reload, which ends all the same, and so does the next one."""
+    async with arbiter_of("pids", 3) as arbiter:
+        await arbiter.wait_ready()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(arbiter.reload)
+            await until(lambda: arbiter.statistics().started == 4)
+            arbiter.scale(1)
+        assert await arbiter.reload()
+        assert arbiter.statistics().reloads == 2
+
+
 async def test_a_worker_too_old_is_replaced() -> None:
     """By one that is ready before it drains; nothing counts as a crash."""
     async with arbiter_of("pids", 1, max_age=1.0) as arbiter:
