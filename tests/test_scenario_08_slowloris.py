@@ -146,6 +146,6 @@ async def test_control_a_timeout_for_each_read_lets_drips_stay_forever(autojump_
         await trio.sleep(60)
         assert len(drips.open) == DRIPPERS
         assert served == []
-        for stream in drips.open.values():
-            await trio.aclose_forcefully(stream)
         nursery.cancel_scope.cancel()
+    for stream in drips.open.values():
+        await trio.aclose_forcefully(stream)

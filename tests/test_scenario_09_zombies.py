@@ -7,6 +7,7 @@ leads nowhere, whatever their kernel would answer is lost, as if the machine had
 from __future__ import annotations
 
 import ctypes
+import ipaddress
 import os
 import socket
 import struct
@@ -72,17 +73,19 @@ class Elsewhere:
 
 @pytest.fixture
 def elsewhere() -> Iterator[Elsewhere]:
-    serial = os.getpid() % 100_000
-    net = Elsewhere(f"gone{serial}", f"10.213.{serial % 250}.1", f"10.213.{serial % 250}.2")
+    serial = os.getpid() % 16384  # so that several runs at once have a network of four addresses each
+    network = ipaddress.IPv4Address("10.213.0.0") + 4 * serial
+    net = Elsewhere(f"gone{serial}", str(network + 1), str(network + 2))
     ip(f"netns add {net.name}")
     try:
         ip(f"link add h{serial} type veth peer name t{serial} netns {net.name}")
-        ip(f"addr add {net.here}/24 dev h{serial}")
+        ip(f"addr add {net.here}/30 dev h{serial}")
         ip(f"link set h{serial} up")
-        ip(f"-n {net.name} addr add {net.there}/24 dev t{serial}")
+        ip(f"-n {net.name} addr add {net.there}/30 dev t{serial}")
         ip(f"-n {net.name} link set t{serial} up")
         yield net
     finally:
+        ip(f"link del h{serial}")  # what is unacknowledged keeps the namespace, and with it the interfaces, for minutes
         ip(f"netns del {net.name}")
 
 
