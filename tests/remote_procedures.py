@@ -14,8 +14,11 @@ import trio
 from stagetrio.remote import Procedures
 
 DOOMED = "STAGETRIO_TEST_DOOMED"  # names a file; while that is there, a new process dies as soon as it is ready
+HELD = "STAGETRIO_TEST_HELD"  # names a file; while that is there, a new process does not get ready
 DYING = "STAGETRIO_TEST_DYING"  # where it is set, a new process dies at once
 BROKEN = "STAGETRIO_TEST_BROKEN"  # names a file; while that is there, this module cannot be imported in a new process
+
+procedures = Procedures()
 
 if os.environ.get(BROKEN) and Path(os.environ[BROKEN]).exists():
     raise RuntimeError("this module is broken today")
@@ -24,9 +27,10 @@ if os.environ.get(DOOMED) and Path(os.environ[DOOMED]).exists():
     born = time.monotonic()
 
     def die() -> None:
-        """End the process as soon as it is ready."""
+        """End the process soon after it is ready."""
         while "stagetrio parent watch" not in {thread.name for thread in threading.enumerate()}:
             time.sleep(0.001)
+        time.sleep(0.2)
         note(f"{os.environ[DOOMED]}.births", str(born))
         os._exit(7)
 
@@ -35,7 +39,8 @@ if os.environ.get(DOOMED) and Path(os.environ[DOOMED]).exists():
 if os.environ.get(DYING):
     os._exit(9)
 
-procedures = Procedures()
+while os.environ.get(HELD) and Path(os.environ[HELD]).exists():
+    time.sleep(0.005)
 
 
 @attrs.frozen
@@ -91,6 +96,11 @@ async def note_the_end(path: str) -> None:
         await trio.sleep_forever()
     finally:
         note(path, "ended")
+
+
+@procedures.procedure
+async def note_length(path: str, content: str) -> None:
+    note(path, str(len(content)))
 
 
 @procedures.procedure

@@ -165,6 +165,41 @@ async def test_a_worker_that_is_dying_is_called_no_more(tmp_path: Path) -> None:
         assert dying not in answers
 
 
+async def test_who_has_certainly_not_called_a_dying_worker_waits_for_another(tmp_path: Path) -> None:
+    """Only what had been sent to it is lost; nobody is told to try again what could be tried here."""
+    gone = tmp_path / "gone"
+    async with open_remote_workers(procedures, 1) as workers:
+        dying = fresh = await workers.call(there.pid)
+        with pytest.raises(WorkerLost):
+            await workers.call(there.leave_slowly, str(gone))
+        while fresh == dying:
+            try:
+                fresh = await workers.call(there.pid)
+            except WorkerLost as error:
+                assert error.may_have_run
+        gone.touch()
+
+
+async def test_who_waits_for_a_worker_when_the_block_is_left_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There will be none any more."""
+    held = tmp_path / "held"
+    monkeypatch.setenv(there.HELD, str(held))
+
+    async def call() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await workers.call(there.pid)
+
+    async with trio.open_nursery() as nursery:
+        async with open_remote_workers(procedures, 1) as workers:
+            held.touch()
+            os.kill(await workers.call(there.pid), signal.SIGKILL)
+            await until(lambda: not workers.statistics().ready)
+            nursery.start_soon(call)
+            await until(lambda: workers.statistics().waiting)
+
+
 async def test_workers_that_cannot_be_started_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -172,15 +207,16 @@ async def test_workers_that_cannot_be_started_any_more(
     broken = tmp_path / "broken"
     monkeypatch.setenv(there.BROKEN, str(broken))
     async with open_remote_workers(procedures, 1) as workers:
-        broken.touch()
-        os.kill(await workers.call(there.pid), signal.SIGKILL)
-        await until(lambda: not workers.statistics().ready)
-        with pytest.raises(WorkerLost, match="broken today") as lost:
-            await workers.call(there.pid)
-        assert not lost.value.may_have_run
-        assert workers.statistics().failed_starts == 3
-        broken.unlink()
-        await until(lambda: workers.statistics().ready)
+        for failed in (3, 6):
+            broken.touch()
+            os.kill(await workers.call(there.pid), signal.SIGKILL)
+            await until(lambda: not workers.statistics().ready)
+            with pytest.raises(WorkerLost, match="broken today") as lost:
+                await workers.call(there.pid)
+            assert not lost.value.may_have_run
+            assert workers.statistics().failed_starts == failed
+            broken.unlink()
+            await until(lambda: workers.statistics().ready)
         assert await workers.call(there.add, 1, 2) == there.Sum(3, await workers.call(there.pid))
     assert "ended by SIGKILL, and is replaced" in caplog.text
 
@@ -266,7 +302,9 @@ async def test_the_end(tmp_path: Path) -> None:
             nursery.start_soon(call)
             await until(lambda: there.lines(log) == ["begun"])
             await workers.post(there.note_later, str(log))
-    assert sorted(there.lines(log)) == ["begun", "ended", "later"]
+            await workers.post(there.note_length, str(log), "x" * 900_000)  # more than the kernel takes at once
+    assert sorted(there.lines(log)) == ["900000", "begun", "ended", "later"]
+    assert (workers.statistics().ready, workers.statistics().starting) == (0, 0)
     assert not any(map(is_alive, left))
     assert set(os.listdir("/proc/self/fd")) == before if before else True
     with pytest.raises(trio.ClosedResourceError):
