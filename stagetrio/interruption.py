@@ -1,12 +1,12 @@
 """An exception raised in another thread, at a place from which it gets somewhere; and one taken back.
 
 Theory of operation. The interpreter raises what is pending for a thread at that thread's next look, wherever that is:
-at a jump back, at the start of a function, after a call. Not everywhere does an exception get on from there. In a
-finalizer (``__del__``, the callback of a weak reference, a generator closed by the garbage collector; a collection may
-begin in any line) it is printed and dropped, and the job goes on as if nothing had been said. So who raises looks
-first: it holds the GIL, hence the other thread stands still, almost always at the very place where it would be raised.
-It is held back there, and while the thread handles the last one, since a second one would break off the cleaning up
-after the first.
+at a jump back, at the start of a function, after a call. Not everywhere does an exception get on from there. A garbage
+collection may begin in any line, and what runs then (``__del__``, the callback of a weak reference, a generator that
+is closed, ``gc.callbacks``) has nobody to raise to: the exception is printed and dropped, and the job goes on as if
+nothing had been said. So who raises looks first: it holds the GIL, hence the other thread stands still, almost always
+at the very place where it would be raised. It is held back there, and while the thread handles the last one, since a
+second one would break off the cleaning up after the first.
 
 What is held back is to be tried again, and so is what was raised: a thread that was waiting in C code, without the GIL,
 may come to a finalizer before it comes to look, and no list of places is complete (a callback of a weak reference has
@@ -17,6 +17,7 @@ is for the caller to know (``thread_worker.py``).
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 import weakref
 from types import FrameType
@@ -39,9 +40,10 @@ def interrupt(ident: int, kind: type[BaseException], own_file: str) -> None:
 def _is_out_of_place(frame: FrameType | None, own_file: str) -> bool:
     if frame is None or frame.f_code.co_filename == own_file:
         return True
+    told = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "__del__" or code.co_filename in _WEAK_REFERENCES:
+        if code.co_name == "__del__" or code.co_filename in _WEAK_REFERENCES or code in told:
             return True
         frame = frame.f_back
     return False

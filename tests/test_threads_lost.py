@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import random
@@ -291,6 +292,23 @@ async def test_an_interruption_is_not_lost_while_a_weak_reference_goes(mock_cloc
 
     def place(stay: Stay) -> None:
         weakref.finalize(Deaf(), stay.compute)
+
+    await interrupted_at(place, mock_clock)
+
+
+async def test_an_interruption_is_not_lost_in_what_is_told_of_collections(mock_clock: MockClock) -> None:
+    """A tool that times the collections of garbage, say, is called in the middle of a job's lines."""
+
+    def place(stay: Stay) -> None:
+        def told(phase: str, info: object) -> None:
+            if phase == "start":
+                stay.compute()
+
+        gc.callbacks.append(told)
+        try:
+            gc.collect()
+        finally:
+            gc.callbacks.remove(told)
 
     await interrupted_at(place, mock_clock)
 
