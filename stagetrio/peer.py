@@ -362,6 +362,7 @@ class Peer(Generic[M]):
         if not self._state:
             self._leave(_State.CLOSED, reason)
         self._state = _State.CLOSED
+        self._blocked = True
         self.outbox.clear()
         self._transport.close()
         self._host.gone(self)
@@ -369,7 +370,7 @@ class Peer(Generic[M]):
     def flush(self) -> None:
         """Write as much of the outbox as the kernel takes."""
         self._touched = False
-        if self._blocked or self._state is _State.CLOSED:
+        if self._blocked:
             return
         outbox = self.outbox
         if outbox.size:
@@ -386,12 +387,16 @@ class Peer(Generic[M]):
         if self._room is not None and outbox.size < self._host.limits.max_outbox_bytes:
             self._room.set()
             self._room = None
+        if self._state:
+            self._end_output()
+        elif self._paused:
+            self.advance()
+
+    def _end_output(self) -> None:
         if self._state is _State.CLOSING:
             self._blocked = self._transport.busy
             if not self._blocked:
                 self._linger()
-        elif self._paused:
-            self.advance()
 
     def _reason_value(self) -> str:
         return "" if self._reason is None else self._reason.value
@@ -499,7 +504,7 @@ class Peer(Generic[M]):
                 self.end_when_served(CloseReason.ENDED, "")
 
     def _on_writable(self) -> None:
-        self._blocked = False
+        self._blocked = self._state is _State.CLOSED
         self.flush()
 
     def _output_blocked(self) -> None:

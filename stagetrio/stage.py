@@ -357,10 +357,8 @@ class Stage(Generic[T]):
         clock = perf_counter if worker.lane is None else worker.lane.clock
         end = clock() + SLICE if self._cost is None else inf
         while True:
-            batch = self._batch
-            while batch:
-                run = batch[-1]
-                coroutine = self._serve_run(worker, run, clock, end)
+            while self._batch:
+                coroutine = self._serve_runs(worker, clock, end)
                 try:
                     trap = coroutine.send(None)
                 except StopIteration:
@@ -371,6 +369,7 @@ class Stage(Generic[T]):
                     self._settle(worker)
                     self._fail(worker.item, error)
                 else:
+                    run = worker.run
                     if not worker.occupied:
                         self._occupy(worker, run, worker.item)
                     await self._finish(worker, run.single(worker.item), coroutine, trap, clock() - worker.begun)
@@ -379,10 +378,7 @@ class Stage(Generic[T]):
                 if worker.occupied:  # it was made to wait
                     await self._serve_parked(worker)
                     return False
-                self._book(worker)
-                if not run.items:
-                    batch.pop()
-                elif worker.begun > end:
+                if worker.begun > end:
                     self._put_back()
                     return False
             if self._cost is not None:
@@ -397,32 +393,37 @@ class Stage(Generic[T]):
                 return False
             self._batch.reverse()
 
-    async def _serve_run(self, worker: Worker[T], run: Run[Any, T], clock: Callable[[], float], end: float) -> None:
-        """Call the handler with the items of a run in turn, until the slice is over or a handler has waited."""
-        items, in_hand, handler, cost, lane = run.items, self._in_hand, self._handler, self._cost, worker.lane
-        if self._ticket is not None:
-            handler = partial(self._handle_with_ticket, self._ticket, run.flow)
-        worker.run = run
+    async def _serve_runs(self, worker: Worker[T], clock: Callable[[], float], end: float) -> None:
+        """Call the handler with the items of the batch in turn, until the slice is over or a handler has waited."""
+        batch, in_hand, handler, cost, lane = self._batch, self._in_hand, self._handler, self._cost, worker.lane
         worker.begun = clock()
-        to_begin = lane is not None
-        while items:
-            if in_hand and self._park(run):
-                continue
-            worker.item = item = items.pop()
-            if to_begin:
-                to_begin = False
-                self._begin(worker, run)
-            await handler(item)
-            if worker.occupied:
-                if worker.run is run:  # it did not wait, but was made to
-                    self._handled += 1
-                    self._settle(worker)
-                return
-            begun, worker.begun = worker.begun, clock()
-            worker.served += 1
-            worker.metered += worker.begun - begun if cost is None else cost(item)
-            if worker.begun > end:
-                break
+        while batch:
+            worker.run = run = batch[-1]
+            items = run.items
+            if self._ticket is not None:
+                handler = partial(self._handle_with_ticket, self._ticket, run.flow)
+            to_begin = lane is not None
+            while items:
+                if in_hand and self._park(run):
+                    continue
+                worker.item = item = items.pop()
+                if to_begin:
+                    to_begin = False
+                    self._begin(worker, run)
+                await handler(item)
+                if worker.occupied:
+                    if worker.run is run:  # it did not wait, but was made to
+                        self._handled += 1
+                        self._settle(worker)
+                    return
+                begun, worker.begun = worker.begun, clock()
+                worker.served += 1
+                worker.metered += worker.begun - begun if cost is None else cost(item)
+                if worker.begun > end:
+                    self._book(worker)
+                    return
+            self._book(worker)
+            batch.pop()
 
     def _put_back(self) -> None:
         batch = self._batch  # the latest first, so that each flow's come back in order

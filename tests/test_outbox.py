@@ -141,7 +141,10 @@ async def flooded(kind: str, policy: WhenFull, handler: Any) -> tuple[list[int],
     async with serving(kind, handler, limits=limits) as running:
         client: Raw = await running.connect()
         await client.send(b"push")
-        while not (running.server.peers and running.server.peers[0].statistics().frames_received):
+        # The connection may have come, been cut off and gone between two looks.
+        while not running.server.statistics().accepted or any(
+            not peer.statistics().frames_received for peer in running.server.peers
+        ):
             await trio.lowlevel.checkpoint()
         await wait_all_tasks_blocked(0.01)
         numbers = []
