@@ -93,6 +93,11 @@ async def _serve_watched() -> None:
         await _serve_ours(watchdog)
 
 
+async def _serve_monitored() -> None:
+    async with open_watchdog(on_stall=lambda stall: None):
+        await _serve_ours()
+
+
 class _Protocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: Any = transport
@@ -121,6 +126,8 @@ def _serve(kind: str) -> None:
         trio.run(_serve_ours)
     elif kind == "watched":
         trio.run(_serve_watched)
+    elif kind == "monitored":
+        trio.run(_serve_monitored)
     elif kind == "naive":
         trio.run(_serve_trio, _naive)
     elif kind == "batched":
@@ -316,6 +323,13 @@ CASES = [
         lambda: server_seconds("ours", 100, 8),
         0.95,
         note="processor seconds of the server per message; plain is the same server without the watchdog",
+    ),
+    Case(
+        "echo beside a watchdog's monitor, 100 connections x 8",
+        lambda: server_seconds("monitored", 100, 8),
+        lambda: server_seconds("ours", 100, 8),
+        0.97,
+        note="processor seconds of the server per message; the watchdog only watches, no handler runs under it",
     ),
     Case(
         "echo beside a hog, p99 of 99 polite clients",

@@ -270,17 +270,18 @@ class _Thread:
         self._loop = loop
         self._kick = kick
         self._interval = loop.quantum / LOOKS_PER_QUANTUM
-        self._ended = threading.Event()
+        self._until_ended = threading.Lock()  # held until then
+        self._until_ended.acquire()
         self._thread = threading.Thread(target=self._run, name="stagetrio alarm", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._ended.wait(self._interval):
+        while not self._until_ended.acquire(timeout=self._interval):
             if self._loop.overdue():
                 self._kick()
 
     def end(self) -> None:
-        self._ended.set()
+        self._until_ended.release()
         self._thread.join()
 
 

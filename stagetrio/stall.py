@@ -177,8 +177,10 @@ class Monitor:
         root = trio.lowlevel.current_root_task()
         assert root is not None
         self._root = root
-        self._ended = threading.Event()
+        self._until_ended = threading.Lock()  # held while the thread is to look; waiting for it is one call to C
+        self._until_ended.acquire()
         self._thread = threading.Thread(target=self._run, name="stagetrio stall monitor", daemon=True)
+        self._started = False  # until then it is the loop that waits, for this thread
         self._step: _Step | None = None
         self._causes: dict[Cause, StallCause] = {}
         self.stalls = 0
@@ -187,10 +189,11 @@ class Monitor:
     def start(self) -> None:
         """Begin to look."""
         self._thread.start()
+        self._started = True
 
     def stop(self) -> None:
         """End the thread and wait for it: at most one call of ``on_stall``."""
-        self._ended.set()
+        self._until_ended.release()
         if self._thread.ident is not None:
             self._thread.join()
 
@@ -200,12 +203,14 @@ class Monitor:
 
     def _run(self) -> None:
         try:
-            while not self._ended.wait(self._quantum):
+            while not self._until_ended.acquire(timeout=self._quantum):
                 self._look()
         except BaseException as error:
             self._on_failure(error)
 
     def _look(self) -> None:
+        if not self._started:
+            return
         passes = self._passes()
         step = self._step
         if step is None or step.number != passes:
