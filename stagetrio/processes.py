@@ -29,6 +29,7 @@ from typing import Any, Generic, TypeVar, TypeVarTuple
 
 import trio
 
+from stagetrio.backstage import open_backstage
 from stagetrio.calls import MAX_PROGRESS, Wakeup
 from stagetrio.fair_queue import FairQueue
 from stagetrio.jobs import Again
@@ -296,7 +297,7 @@ async def open_process_pool(
     setup = {"main": preparation(), "preload": list(preload), "max_memory_bytes": max_memory_bytes}
     limits = Limits(max_processes, warm, max_calls, max_age, max_idle, start_within)
     dispatch = ProcessDispatch(limits, queue, setup)
-    async with trio.open_nursery() as dispatch.nursery:
+    async with open_backstage() as dispatch.nursery:
         if min(max_idle, max_age) < math.inf:
             dispatch.nursery.start_soon(dispatch.retire_idle)
         dispatch.pump()
@@ -305,4 +306,3 @@ async def open_process_pool(
             await dispatch.calls.drain()
         finally:
             dispatch.close()
-            dispatch.nursery.cancel_scope.cancel("the pool of processes is closed")

@@ -24,6 +24,7 @@ from typing import TypeVar, TypeVarTuple
 
 import trio
 
+from stagetrio.backstage import open_backstage
 from stagetrio.calls import Wakeup
 from stagetrio.fair_queue import FairQueue
 from stagetrio.jobs import Again
@@ -228,7 +229,7 @@ async def open_thread_pool(
         max_waiting, max_items_per_flow=max_waiting_per_flow, weight=weight
     )
     dispatch = Dispatch(max_threads, max_lost, max_running, queue, lease, grace)
-    async with trio.open_nursery() as dispatch.crew.nursery:
+    async with open_backstage() as dispatch.crew.nursery:
         if lease < math.inf:
             dispatch.crew.nursery.start_soon(dispatch.watch_leases)
         try:
@@ -236,7 +237,6 @@ async def open_thread_pool(
             await dispatch.calls.drain()
         finally:
             dispatch.close()
-            dispatch.crew.nursery.cancel_scope.cancel("the pool of threads is closed")
 
 
 def _check_count(name: str, value: float, least: int) -> None:

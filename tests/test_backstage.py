@@ -71,3 +71,16 @@ async def test_a_cancellation_on_the_way_out_takes_no_errors_place(autojump_cloc
     assert servant.ended
     assert scope.cancel_called
     assert len(raised) == 1
+
+
+async def test_a_task_that_fails_is_heard() -> None:
+    """Its error comes out, and not the cancellation it has brought upon the block."""
+
+    async def fail() -> None:
+        await trio.lowlevel.checkpoint()
+        raise KeyError("task")
+
+    with pytest.RaisesGroup(pytest.RaisesExc(KeyError, match="task")):
+        async with open_backstage() as nursery:
+            nursery.start_soon(fail)
+            await trio.sleep_forever()

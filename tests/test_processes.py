@@ -389,7 +389,7 @@ async def test_a_pool_left_by_an_exception_gives_its_calls_up(tmp_path: Path) ->
             raise ValueError("owner")
 
     async with trio.open_nursery() as nursery:
-        with pytest.RaisesGroup(pytest.RaisesExc(ValueError, match="owner")):
+        with pytest.raises(ValueError, match="owner"):
             await leave_by_exception(nursery)
     assert isinstance(outcomes["running"], WorkerLost)
     assert isinstance(outcomes["waiting"], trio.ClosedResourceError)

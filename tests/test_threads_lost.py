@@ -381,18 +381,20 @@ async def test_a_pool_left_by_an_exception_insists_too() -> None:
         finally:
             ended.set()
 
+    async def call(pool: ThreadPool) -> None:
+        with pytest.raises(WorkerLost):
+            await pool.call(job, interrupt=True)
+        stay.go.set()
+
+    async def leave_by_exception(nursery: trio.Nursery) -> None:
+        async with open_thread_pool(1, grace=20) as pool:
+            nursery.start_soon(call, pool)
+            await reached(stay.begun)
+            raise ValueError("owner")
+
     async with trio.open_nursery() as nursery:
-        with pytest.RaisesGroup(pytest.RaisesExc(ValueError, match="owner")):
-            async with open_thread_pool(1, grace=20) as pool:
-
-                async def call() -> None:
-                    with pytest.raises(WorkerLost):
-                        await pool.call(job, interrupt=True)
-                    stay.go.set()
-
-                nursery.start_soon(call)
-                await reached(stay.begun)
-                raise ValueError("owner")
+        with pytest.raises(ValueError, match="owner"):
+            await leave_by_exception(nursery)
     assert ended.is_set()
 
 
@@ -581,21 +583,24 @@ async def test_a_pool_left_by_an_exception_gives_its_jobs_up() -> None:
         finally:
             stopped.set()
 
-    async def call(name: str) -> None:
+    async def call(pool: ThreadPool, name: str) -> None:
         try:
             await pool.call(polling)
         except (WorkerLost, trio.ClosedResourceError) as error:
             outcomes[name] = error
 
+    async def leave_by_exception(nursery: trio.Nursery) -> None:
+        async with open_thread_pool(1) as pool:
+            nursery.start_soon(call, pool, "running")
+            await reached(begun)
+            for name in ("next", "queued"):
+                nursery.start_soon(call, pool, name)
+                await wait_all_tasks_blocked()
+            raise ValueError("owner")
+
     async with trio.open_nursery() as nursery:
-        with pytest.RaisesGroup(pytest.RaisesExc(ValueError, match="owner")):
-            async with open_thread_pool(1) as pool:
-                nursery.start_soon(call, "running")
-                await reached(begun)
-                for name in ("next", "queued"):
-                    nursery.start_soon(call, name)
-                    await wait_all_tasks_blocked()
-                raise ValueError("owner")
+        with pytest.raises(ValueError, match="owner"):
+            await leave_by_exception(nursery)
     assert isinstance(outcomes["running"], WorkerLost)
     assert isinstance(outcomes["next"], trio.ClosedResourceError)
     assert isinstance(outcomes["queued"], trio.ClosedResourceError)
