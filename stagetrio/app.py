@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import types
 import typing
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import attrs
 import trio
 
+from stagetrio.amounts import check_above_zero, check_amount, check_count
 from stagetrio.codec import Codec
 from stagetrio.failures import Failures
 from stagetrio.framing import LengthPrefixed
@@ -109,7 +111,7 @@ class App:
         preemptible: Modules, besides each handler's own, in which a handler may be forced to a checkpoint.
 
     Raises:
-        ValueError, TypeError: An argument is out of range; some are found when the app is served.
+        ValueError, TypeError: An argument is out of range.
     """
 
     def __init__(
@@ -131,17 +133,25 @@ class App:
     ) -> None:
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be a non-empty str, not {name!r}")
+        if not 1 <= check_count("max_frame_bytes", max_frame_bytes, 1) < 2**32:
+            raise ValueError(f"max_frame_bytes must be below 2**32, not {max_frame_bytes!r}")
+        if flow is not None and not callable(flow):
+            raise TypeError(f"flow must be a function of a peer, not {flow!r}")
+        if limits is not None and not isinstance(limits, PeerLimits):
+            raise TypeError(f"limits must be a PeerLimits, not {limits!r}")
+        if check_above_zero("budget", budget) != inf and check_above_zero("quantum", quantum) == inf:
+            raise ValueError(f"budget is kept only with a finite quantum: budget={budget!r}, quantum={quantum!r}")
         self.name = name
         self._sends = list(sends)
-        self._workers = workers
-        self._max_items = max_items
-        self._max_connections = max_connections
+        self._workers = check_count("workers", workers, 1)
+        self._max_items = check_count("max_items", max_items, 1)
+        self._max_connections = check_amount("max_connections", max_connections, 1)
         self._framing = LengthPrefixed(max_frame_bytes)
-        self._max_handling = max_handling
+        self._max_handling = check_above_zero("max_handling", max_handling)
         self._flow = flow
         self._refuse = refuse
         self._limits = limits
-        self._quantum = quantum
+        self._quantum = check_above_zero("quantum", quantum)
         self._budget = budget
         self._preemptible = preemptible
         self._handlers: dict[type, OnMessage] = {}
@@ -169,14 +179,17 @@ class App:
             ticket: What each message needs before its handler starts; one that waits too long is refused.
 
         Raises:
-            TypeError: The type is not an attrs class, or the handler not an async function.
+            TypeError: The type is not an attrs class, the ticket no `TicketStage`, or the handler not an async function
+                of a peer and a message.
             ValueError: The type has a handler already.
         """
         if not (isinstance(message_type, type) and attrs.has(message_type)):
             raise TypeError(f"message_type must be an attrs class, not {message_type!r}")
+        if ticket is not None and not isinstance(ticket, TicketStage):
+            raise TypeError(f"ticket must be what app.ticket(...) has returned, not {ticket!r}")
 
         def register(handler: OnMessageT) -> OnMessageT:
-            _check_async("a handler", handler)
+            _check_async("a handler", handler, "peer", "message")
             if message_type in self._handlers:
                 raise ValueError(f"{message_type.__name__} has a handler already: {self._handlers[message_type]!r}")
             self._handlers[message_type] = handler if ticket is None else _with_ticket(ticket, handler)
@@ -201,9 +214,11 @@ class App:
         Starts lie on a grid of ``seconds``, which does not drift; those that fall into a running call are left out.
 
         Raises:
-            ValueError: ``seconds`` is not positive and finite.
+            ValueError, TypeError: ``seconds`` is not positive and finite, or the job not an async function.
         """
-        if not 0 < seconds < inf:
+        if callable(seconds):
+            raise TypeError(f"seconds must be a number, not {seconds!r}; write for instance @app.every(60)")
+        if check_above_zero("seconds", seconds) == inf:
             raise ValueError(f"seconds must be positive and finite, not {seconds!r}")
 
         def register(job: JobT) -> JobT:
@@ -221,13 +236,13 @@ class App:
 
     def on_connect(self, hook: HookT) -> HookT:
         """Call an async function with each new peer, before anything is read from it."""
-        _check_async("a hook", hook)
+        _check_async("a hook", hook, "peer")
         self._connect_hooks.append(hook)
         return hook
 
     def on_disconnect(self, hook: HookT) -> HookT:
         """Call an async function with each peer that is gone."""
-        _check_async("a hook", hook)
+        _check_async("a hook", hook, "peer")
         self._disconnect_hooks.append(hook)
         return hook
 
@@ -236,18 +251,32 @@ class App:
 
         Args:
             context: A function without arguments that returns one, such as ``@asynccontextmanager`` makes.
+
+        Raises:
+            TypeError: It is none.
         """
+        if not callable(context) or _is_undecorated(context):
+            mend = "write @asynccontextmanager between @app.lifespan and the function"
+            raise TypeError(
+                f"a lifespan must be a function that returns an async context manager, not {context!r}; {mend}"
+            )
+        _check_parameters("a lifespan", context)
         self._lifespans.append(context)
         return context
 
     @property
     def codec(self) -> Codec[Any]:
-        """The messages of this app, for its clients too."""
-        types: dict[type, None] = dict.fromkeys(self._handlers)
+        """The messages of this app, for its clients too.
+
+        Raises:
+            TypeError: A handler's annotation says that it returns what no message is, or what cannot be looked up.
+            ValueError: Two messages have the same name.
+        """
+        messages: dict[type, None] = dict.fromkeys((*self._handlers, *self._sends))
+        known = tuple(messages)
         for handler in self._handlers.values():
-            types.update(dict.fromkeys(_returned(handler)))
-        types.update(dict.fromkeys(self._sends))
-        return Codec(types)
+            messages.update(dict.fromkeys(_returned(handler, known)))
+        return Codec(messages)
 
     def describe(self) -> AppDescription:
         """Return what the decorators have collected."""
@@ -454,13 +483,46 @@ def _with_ticket(ticket: TicketStage, handler: OnMessage) -> OnMessage:
     return with_ticket
 
 
-def _check_async(what: str, fn: object) -> None:
+def _check_async(what: str, fn: object, *parameters: str) -> None:
     if not inspect.iscoroutinefunction(fn):
         raise TypeError(f"{what} must be an async function, not {fn!r}")
+    _check_parameters(what, fn, *parameters)
 
 
-def _returned(handler: OnMessage) -> list[type]:
-    """The attrs classes that a handler's annotation says it returns."""
-    annotation = typing.get_type_hints(handler).get("return")
-    candidates = typing.get_args(annotation) or (annotation,)
-    return [cls for cls in candidates if isinstance(cls, type) and attrs.has(cls)]
+def _check_parameters(what: str, fn: Callable[..., object], *parameters: str) -> None:
+    signature = inspect.signature(fn)
+    try:
+        signature.bind(*parameters)
+    except TypeError:
+        raise TypeError(f"{what} must take ({', '.join(parameters)}), not {signature}: {fn!r}") from None
+
+
+def _is_undecorated(context: Callable[..., object]) -> bool:
+    kinds = (inspect.isasyncgenfunction, inspect.iscoroutinefunction, inspect.isgeneratorfunction)
+    return any(is_one(context) for is_one in kinds)
+
+
+def _returned(handler: OnMessage, known: tuple[type, ...]) -> list[type]:
+    """The attrs classes that a handler's annotation says it returns; a class above those known adds nothing."""
+    annotation = _return_annotation(handler)
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    said = typing.get_args(annotation) if is_union else (annotation,)
+    classes = [cls for cls in said if isinstance(typing.get_origin(cls) or cls, type) and cls is not types.NoneType]
+    for cls in classes:
+        if not (attrs.has(cls) or cls is Any or any(cls in message.__mro__ for message in known)):
+            raise TypeError(f"what {handler.__qualname__} returns must be an attrs class or None, not {cls!r}")
+    return [cls for cls in classes if attrs.has(cls)]
+
+
+def _return_annotation(handler: OnMessage) -> Any:
+    # Alone, since the others may stand for what is imported only under TYPE_CHECKING.
+    function: Any = inspect.unwrap(handler)
+    said = function.__annotations__.get("return")
+    try:
+        alone = types.SimpleNamespace(__annotations__={"return": said})
+        return typing.get_type_hints(alone, getattr(function, "__globals__", {}))["return"]
+    except (NameError, AttributeError, SyntaxError, TypeError) as error:
+        mend = "let it be a name of its module, imported not only under TYPE_CHECKING"
+        raise TypeError(
+            f"what {handler.__qualname__} returns, {said!r}, cannot be looked up: {error}; {mend}"
+        ) from None

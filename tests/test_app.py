@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -350,5 +350,119 @@ def test_wrong_declarations_are_named() -> None:
         app.on_connect(print)  # type: ignore[type-var]
     with pytest.raises(ValueError, match="there is a ticket 'till' already"):
         app.ticket("till", 1)
-    with pytest.raises(ValueError, match="seconds must be positive and finite, not 0"):
+    with pytest.raises(ValueError, match="seconds must be > 0, not 0"):
         app.every(0)
+    with pytest.raises(TypeError, match=r"ticket must be what app.ticket\(...\) has returned, not 'till'"):
+        app.on(News, ticket="till")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"seconds must be a number, not <function .*; write for instance @app.every"):
+        app.every(ask)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="seconds must be a number, not '1'"):
+        app.every("1")  # type: ignore[arg-type]
+
+
+def test_functions_must_take_what_they_are_called_with() -> None:
+    """A wrong number of parameters is found when the function is declared, and not at the first message."""
+    app = App("test")
+
+    async def nothing() -> None: ...
+
+    async def one(peer: object) -> None: ...
+
+    with pytest.raises(TypeError, match=r"a handler must take \(peer, message\), not \(peer: 'object'\) -> 'None'"):
+        app.on(Ask)(one)  # type: ignore[type-var]
+    with pytest.raises(TypeError, match=r"a job must take \(\), not \(peer: 'object'\)"):
+        app.every(1)(one)  # type: ignore[type-var]
+    for hook in (app.on_connect, app.on_disconnect):
+        with pytest.raises(TypeError, match=r"a hook must take \(peer\), not \(\)"):
+            hook(nothing)  # type: ignore[type-var]
+    with pytest.raises(TypeError, match=r"a lifespan must take \(\), not \(peer: 'object'\)"):
+        app.lifespan(asynccontextmanager(one))  # type: ignore[arg-type, type-var]
+
+
+@pytest.mark.parametrize("kind", ["async generator", "coroutine", "generator", "value"])
+def test_a_lifespan_that_is_no_context_manager_is_told_how_to_become_one(kind: str) -> None:
+    """Whatever stands there without its decorator."""
+
+    async def generates() -> AsyncIterator[None]:
+        yield
+
+    async def returns() -> None: ...
+
+    def yields() -> Iterator[None]:
+        yield
+
+    wrong: Any = {"async generator": generates, "coroutine": returns, "generator": yields, "value": 3}[kind]
+    mend = "; write @asynccontextmanager between @app.lifespan and the function"
+    with pytest.raises(TypeError, match=f"a lifespan must be .* not {wrong!r}{mend}".replace("(", r"\(")):
+        App("test").lifespan(wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"workers": -3}, ValueError, "workers must be >= 1, not -3"),
+        ({"workers": 1.5}, TypeError, "workers must be an int, not 1.5"),
+        ({"max_items": 0}, ValueError, "max_items must be >= 1, not 0"),
+        ({"max_connections": 0}, ValueError, "max_connections must be >= 1, not 0"),
+        ({"max_frame_bytes": 0}, ValueError, "max_frame_bytes must be >= 1, not 0"),
+        ({"max_frame_bytes": 2**32}, ValueError, r"max_frame_bytes must be below 2\*\*32, not 4294967296"),
+        ({"max_handling": 0}, ValueError, "max_handling must be > 0, not 0"),
+        ({"flow": "address"}, TypeError, "flow must be a function of a peer, not 'address'"),
+        ({"limits": 3}, TypeError, "limits must be a PeerLimits, not 3"),
+        ({"quantum": 0}, ValueError, "quantum must be > 0, not 0"),
+        ({"budget": "1"}, TypeError, "budget must be a number, not '1'"),
+        ({"budget": 1.0}, ValueError, "budget is kept only with a finite quantum: budget=1.0, quantum=inf"),
+    ],
+)
+def test_wrong_arguments_are_named(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    """At once, and not when the app is served."""
+    with pytest.raises(error, match=words):
+        App("test", **options)
+
+
+def _handled_by(handler: Any) -> App:
+    app = App("test")
+    app.on(Ask)(handler)
+    return app
+
+
+async def _into_nothing(peer: Peer[Any], message: Ask) -> Missing:  # type: ignore[name-defined]  # noqa: F821
+    ...
+
+
+async def _into_int(peer: Peer[Any], message: Ask) -> int | None: ...
+
+
+async def _into_list(peer: Peer[Any], message: Ask) -> list[Answer]: ...
+
+
+@pytest.mark.parametrize(
+    ("handler", "words"),
+    [
+        (_into_nothing, "what _into_nothing returns, 'Missing', cannot be looked up: name 'Missing' is not"),
+        (_into_int, "what _into_int returns must be an attrs class or None, not <class 'int'>"),
+        (_into_list, r"what _into_list returns must be an attrs class or None, not list\["),
+    ],
+)
+def test_what_a_handler_says_it_returns_must_be_a_message(handler: Any, words: str) -> None:
+    """Found when the app is described, as by --check, and not when the first reply is sent."""
+    with pytest.raises(TypeError, match=words):
+        _handled_by(handler).describe()
+
+
+async def _of_unknown(peer: Missing, message: Ask) -> Answer | None:  # type: ignore[name-defined]  # noqa: F821
+    ...
+
+
+async def _into_any(peer: Peer[Any], message: Ask) -> Any: ...
+
+
+async def _into_object(peer: Peer[Any], message: Ask) -> object: ...
+
+
+@pytest.mark.parametrize(
+    ("handler", "replies"), [(_of_unknown, {"Answer"}), (_into_any, set()), (_into_object, set())]
+)
+def test_only_what_a_handler_returns_is_looked_up(handler: Any, replies: set[str]) -> None:
+    """What its parameters are may be known to the type checker only, and what it returns may be left open."""
+    assert set(_handled_by(handler).describe().replies) - {"Done", "Refused", "Failed", "Closed"} == replies
