@@ -130,6 +130,13 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="ADDRESS",
         help="where to listen: tcp://HOST:PORT or unix:///PATH; may be repeated (default: tcp://127.0.0.1:8800)",
     )
+    parser.add_argument(
+        "--procedures-at",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="where other processes call the app's procedures, away from strangers; may be repeated (default: nowhere)",
+    )
     parser.add_argument("--grace", type=_grace, default=10.0, metavar="S", help="seconds for draining (default: 10)")
     parser.add_argument("--pid", type=Path, metavar="FILE", help="keep the process id in FILE while it runs")
     parser.add_argument("--check", action="store_true", help="load the script, print what it serves, and exit")
@@ -193,6 +200,8 @@ def _run(options: argparse.Namespace) -> int:
         if options.check:
             return script.check(options.script, addresses=addresses)
         if options.processes is not None:
+            if options.procedures_at:
+                raise script.Mendable("--procedures-at is for an app in one process; leave out --processes")
             from stagetrio import script_workers
 
             return script_workers.run(
@@ -206,7 +215,13 @@ def _run(options: argparse.Namespace) -> int:
         for flag, name in zip(flags, names, strict=True):
             if name in given:
                 raise script.Mendable(f"{flag} is about worker processes; add --processes N")
-        return script.run(options.script, addresses=addresses, grace=options.grace, pid_path=options.pid)
+        return script.run(
+            options.script,
+            addresses=addresses,
+            procedures_at=options.procedures_at,
+            grace=options.grace,
+            pid_path=options.pid,
+        )
     except script.Mendable as error:
         print(f"stagetrio run: {error}", file=sys.stderr)
         return 2

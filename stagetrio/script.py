@@ -12,6 +12,7 @@ import errno
 import logging
 import signal
 import sys
+import sysconfig
 import traceback
 import types
 from collections.abc import Iterator, Sequence
@@ -49,12 +50,20 @@ def check(path: Path, *, addresses: Sequence[str]) -> int:
     return 0
 
 
-def run(path: Path, *, addresses: Sequence[str], grace: float, pid_path: Path | None = None) -> int:
+def run(
+    path: Path,
+    *,
+    addresses: Sequence[str],
+    procedures_at: Sequence[str] = (),
+    grace: float,
+    pid_path: Path | None = None,
+) -> int:
     """Load a script and serve its app until a signal ends it.
 
     Args:
         path: Of the script.
         addresses: Where to listen.
+        procedures_at: Where other processes call the app's procedures.
         grace: Seconds for draining, 0 or more.
         pid_path: A file to keep the process id in.
 
@@ -65,10 +74,11 @@ def run(path: Path, *, addresses: Sequence[str], grace: float, pid_path: Path | 
         Mendable: The script, its app or an address is not as it must be.
     """
     check_addresses(addresses)
+    check_addresses(procedures_at, "--procedures-at unix:///run/app")
     app = load(path)
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     with kept(pid_path):
-        return trio.run(serve, app, path, addresses, grace)
+        return trio.run(serve, app, path, addresses, procedures_at, grace)
 
 
 @contextmanager
@@ -84,13 +94,13 @@ def kept(pid_path: Path | None) -> Iterator[None]:
         yield
 
 
-def check_addresses(addresses: Sequence[str]) -> None:
+def check_addresses(addresses: Sequence[str], example: str = "--bind tcp://127.0.0.1:8800") -> None:
     """Raise `Mendable` for the first address that makes no sense."""
     for address in addresses:
         try:
             parse_listening_address(address)
         except ValueError as error:
-            raise Mendable(f"{error}; write for instance --bind tcp://127.0.0.1:8800") from None
+            raise Mendable(f"{error}; write for instance {example}") from None
 
 
 def load(path: Path) -> App:
@@ -142,11 +152,17 @@ def _module_name(path: Path) -> str:
 
 
 def _where(error: BaseException, path: Path) -> str:
+    return _own_step(error, path) or f"{path}:1"
+
+
+def _own_step(error: BaseException, path: Path) -> str | None:
     """``file:line`` of the innermost step to the error that is the user's own: in the script or beside it."""
-    where, home, ours = f"{path}:1", path.absolute().parent, Path(__file__).parent
+    where, home, ours = None, path.absolute().parent, Path(__file__).parent
+    others = (ours, Path(sysconfig.get_path("stdlib")))
     for frame in traceback.extract_tb(error.__traceback__):
         file = Path(frame.filename)
-        beside = file.is_relative_to(home) and not file.is_relative_to(ours) and "site-packages" not in file.parts
+        installed = any(map(file.is_relative_to, others)) or "site-packages" in file.parts
+        beside = file.is_relative_to(home) and not installed
         if file == path or beside:
             where = f"{file}:{frame.lineno}"
     return where
@@ -215,34 +231,40 @@ _MENDS = {
 }
 
 
-def unlistenable(error: OSError) -> Mendable:
+def unlistenable(error: OSError, procedures_at: Sequence[str] = ()) -> Mendable:
     """Why an address cannot be had."""
     mend = _MENDS.get(error.errno or 0, "choose another address with --bind")
+    if any(f" {address}: " in f"{error.strerror}" for address in procedures_at):
+        mend = mend.replace("--bind", "--procedures-at")
     return Mendable(f"{error.strerror or error}; {mend}")
 
 
-def not_serving(error: BaseException, path: Path) -> Mendable:
+def not_serving(error: BaseException, path: Path, procedures_at: Sequence[str] = ()) -> Mendable:
     """Why an app could not begin to serve; what is not the user's to mend is raised as it is."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    where = _own_step(error, path)
+    if where is not None and isinstance(error, Exception):  # in a lifespan, as nothing else of the script has run
+        return Mendable(f"{where}: {type(error).__name__}: {error}; see to that, or correct this line")
     if isinstance(error, OSError):
-        return unlistenable(error)
+        return unlistenable(error, procedures_at)
     if isinstance(error, ValueError | TypeError):
         return Mendable(f"{path}: {error}; correct the App")
     raise error
 
 
-async def serve(app: App, path: Path, addresses: Sequence[str], grace: float) -> int:
+async def serve(app: App, path: Path, addresses: Sequence[str], procedures_at: Sequence[str], grace: float) -> int:
     """Serve an app until SIGINT or SIGTERM has drained it, or a second one has ended it; return the exit status.
 
     Args:
         app: What is served.
         path: Of the script it came from, for messages.
         addresses: Where to listen.
+        procedures_at: Where other processes call the app's procedures.
         grace: Seconds for draining, 0 or more.
 
     Raises:
-        Mendable: An address cannot be had, or the app was made with arguments that make no sense.
+        Mendable: An address cannot be had, a lifespan failed, or the app was made with arguments that make no sense.
 
     Checkpoints: throughout. A cancellation closes every connection without ceremony.
     """
@@ -253,7 +275,7 @@ async def serve(app: App, path: Path, addresses: Sequence[str], grace: float) ->
         async with trio.open_nursery() as nursery:
 
             async def serve_app(*, task_status: trio.TaskStatus[list[Address]]) -> None:
-                await app.serve(*addresses, task_status=task_status)
+                await app.serve(*addresses, procedures_at=procedures_at, task_status=task_status)
                 nursery.cancel_scope.cancel()
 
             async def obey() -> None:
@@ -281,7 +303,7 @@ async def serve(app: App, path: Path, addresses: Sequence[str], grace: float) ->
                 say(f"{app.name}: serving on {where}; Ctrl-C or SIGTERM drains")
                 notify(READY=1, STATUS=f"serving on {where}")
     if failure is not None:
-        raise not_serving(failure, path)
+        raise not_serving(failure, path, procedures_at)
     return status
 
 

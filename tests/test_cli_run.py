@@ -18,6 +18,7 @@ import trio
 
 from stagetrio.client import open_client
 from stagetrio.codec import Codec
+from stagetrio.remote import open_remote
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONWARNINGS": "error"}
 
@@ -379,6 +380,76 @@ async def test_messages_that_do_not_go_together_are_told(tmp_path: Path) -> None
     for arguments in (["--check"], ["--bind", "tcp://127.0.0.1:0"]):
         told = await complaint("bad.py", *arguments, cwd=tmp_path)
         assert told.startswith("bad.py: types must have distinct names: there are two called 'Same'; correct the App")
+
+
+ANNOTATED = """
+from __future__ import annotations
+from typing import TYPE_CHECKING
+import attrs
+from stagetrio.app import App
+if TYPE_CHECKING:
+    from stagetrio import Peer
+    from nowhere import Reply
+app = App("annotated")
+@attrs.frozen
+class Hi: pass
+@app.on(Hi)
+async def hi(peer: Peer, m: Hi) -> {returned}: return m
+"""
+
+
+async def test_what_only_the_type_checker_sees_is_no_traceback(tmp_path: Path) -> None:
+    """Parameters may be annotated so; what is returned must be known, and is said to be missing in one line."""
+    path = tmp_path / "annotated.py"
+    path.write_text(ANNOTATED.format(returned="Hi"))
+    done = await run(path.name, "--check", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+    path.write_text(ANNOTATED.format(returned="Reply"))
+    for arguments in (["--check"], ["--bind", "tcp://127.0.0.1:0"]):
+        told = await complaint(path.name, *arguments, cwd=tmp_path)
+        assert told.startswith(
+            "annotated.py: what hi returns, 'Reply', cannot be looked up: name 'Reply' is not defined;"
+        )
+
+
+async def test_a_lifespan_that_fails_is_told_by_its_line(tmp_path: Path) -> None:
+    """It is not the address that is to be mended."""
+    (tmp_path / "down.py").write_text(
+        "from contextlib import asynccontextmanager\n"
+        + NEEDS_APP
+        + "app = App('down')\n@app.lifespan\n@asynccontextmanager\nasync def database():\n"
+        + "    raise ConnectionError('database is down')\n    yield\n"
+    )
+    for arguments in ([], ["--processes", "1"]):
+        told = await complaint("down.py", "--bind", "tcp://127.0.0.1:0", *arguments, cwd=tmp_path)
+        assert told == "down.py:7: ConnectionError: database is down; see to that, or correct this line"
+
+
+async def test_procedures_are_served_at_an_address_of_their_own(script: Path, tmp_path: Path) -> None:
+    """--procedures-at says where; clients' addresses do not serve them."""
+    inner = f"unix://{tmp_path}/inner"
+    async with (
+        served(script, "--bind", "tcp://127.0.0.1:0", "--procedures-at", inner) as server,
+        open_remote(inner) as remote,
+    ):
+        assert await remote.call("add", 1, 2) == 3
+        assert inner not in server.announced
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["unix:///nowhere/at/all"], "make that directory, or choose another address with --procedures-at"),
+        (["h:1"], "write for instance --procedures-at unix:///run/app"),
+        (["unix://x", "--processes", "1"], "is for an app in one process; leave out --processes"),
+    ],
+)
+async def test_where_procedures_cannot_be_served_is_told(
+    script: Path, tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    """The mend names this option, and not --bind."""
+    said = await complaint(str(script), "--bind", "tcp://127.0.0.1:0", "--procedures-at", *arguments, cwd=tmp_path)
+    assert said.endswith(told)
 
 
 async def test_a_port_in_use_is_told(script: Path, tmp_path: Path) -> None:
