@@ -59,11 +59,18 @@ class NurseryPoolStatistics:
     closed: bool
 
 
+def _check_key(instance: object, attribute: attrs.Attribute[Hashable], key: Hashable) -> None:
+    try:
+        hash(key)
+    except TypeError:
+        raise TypeError(f"key must be hashable, not {key!r}") from None
+
+
 @attrs.define(eq=False)
 class _Task:
     """One task of the pool; also what the slots' limiter knows it by."""
 
-    key: Hashable | None
+    key: Hashable | None = attrs.field(validator=_check_key)
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     nursery: trio.Nursery | None = None
 
@@ -86,13 +93,15 @@ class NurseryPool:
     async def spawn(self, fn: Callable[[*Ts], Awaitable[object]], *args: *Ts, key: Hashable | None = None) -> None:
         """Wait for a slot, then start ``fn(*args)`` in a scope and a nursery of its own.
 
-        Callers are served first come, first served. The call returns once the task is started, not when it ends.
+        Callers are served first come, first served. The call returns once the task is started, not when it ends; one
+        with a key has begun by then, so that `nursery_of` has its nursery, unless it has ended already.
 
         Args:
             fn: an async function.
             key: what `cancel` and `nursery_of` know the task by; several tasks may share one; None: by nothing.
 
         Raises:
+            TypeError: The key is not hashable.
             trio.ClosedResourceError: The pool drains or is closed, or began to while this call waited.
 
         Checkpoints: always; cancelled, it started nothing.
@@ -104,6 +113,8 @@ class NurseryPool:
             self._slots.release_on_behalf_of(task)
             self._check_open()
         self._start(task, fn, args, holds_slot=True)
+        while key is not None and task.nursery is None:  # two passes at most: a new task is in the next one, as we are
+            await trio.lowlevel.cancel_shielded_checkpoint()
 
     @trio.lowlevel.enable_ki_protection
     def spawn_nowait(self, fn: Callable[[*Ts], Awaitable[object]], *args: *Ts, key: Hashable | None = None) -> None:
@@ -111,6 +122,7 @@ class NurseryPool:
 
         Raises:
             Overloaded: Every slot is taken, or waited for; its reason is ``"tasks"``.
+            TypeError: The key is not hashable.
             trio.ClosedResourceError: The pool drains or is closed.
         """
         self._check_open()
@@ -161,9 +173,9 @@ class NurseryPool:
         """The nursery of the oldest running task of ``key``: what is started there ends with that task.
 
         Raises:
-            KeyError: No task of that key runs.
+            KeyError: No task of that key has begun; one from `spawn_nowait` begins in the next pass of Trio's loop.
         """
-        for task in self._by_key[key]:
+        for task in self._by_key.get(key, ()):
             if task.nursery is not None:
                 return task.nursery
         raise KeyError(key)

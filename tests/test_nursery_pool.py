@@ -193,6 +193,50 @@ async def test_nursery_of_is_the_oldest_running_task_of_the_key() -> None:
     assert gate.log == ["+child", "-child"]
 
 
+async def test_the_nursery_of_a_task_is_there_when_it_was_spawned() -> None:
+    """Whatever order the tasks of a pass run in."""
+    async with open_nursery_pool(30) as pool:
+        for key in range(30):
+            await pool.spawn(trio.sleep_forever, key=key)
+            assert pool.nursery_of(key).cancel_scope.cancel_called is False
+        assert await pool.drain(0) == 30
+
+
+async def test_a_task_that_was_spawned_and_has_ended_has_no_nursery() -> None:
+    """The caller of spawn goes on all the same."""
+    async with open_nursery_pool(1) as pool:
+        await pool.spawn(trio.lowlevel.checkpoint, key="short")
+        await wait_all_tasks_blocked()
+        with pytest.raises(KeyError, match="short"):
+            pool.nursery_of("short")
+
+
+async def test_a_cancellation_after_the_start_is_for_the_next_checkpoint() -> None:
+    """A cancelled spawn has started nothing, so one that has started something returns."""
+    async with open_nursery_pool(1) as pool:
+        with trio.CancelScope() as scope:
+
+            async def cancels() -> None:
+                scope.cancel()
+
+            await pool.spawn(cancels, key="one")
+            returned = True
+            await trio.lowlevel.checkpoint()
+        assert returned
+        assert scope.cancelled_caught
+
+
+async def test_a_key_that_cannot_be_hashed_is_refused_and_takes_no_slot() -> None:
+    """It is the caller's mistake alone: the pool goes on."""
+    async with open_nursery_pool(1) as pool:
+        with pytest.raises(TypeError, match=r"key must be hashable, not \['x'\]"):
+            await pool.spawn(trio.sleep_forever, key=["x"])  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"key must be hashable, not \(\[\],\)"):
+            pool.spawn_nowait(trio.sleep_forever, key=([],))
+        assert pool.statistics().running == 0
+        pool.spawn_nowait(trio.lowlevel.checkpoint)
+
+
 async def test_without_on_error_an_exception_reaches_the_owner() -> None:
     """The other tasks are cancelled, and the block raises a group that holds the exception."""
     gate = Gate()
