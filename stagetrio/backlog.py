@@ -20,6 +20,7 @@ import trio
 
 from stagetrio.calls import Call
 from stagetrio.fair_queue import FairQueue, FairQueueStatistics
+from stagetrio.flow import check_positive
 
 MAX_PARKED = 64
 
@@ -48,6 +49,21 @@ class Backlog(Generic[C]):
         self._freed: deque[C] = deque()  # came up while their key was in hand, and hold it now
         self._parked = 0
         self.queued = 0  # jobs in the queue, dropped ones included
+
+    def check(self, job: C) -> None:
+        """Refuse a job that could not be filed or booked later, when there is no caller to be told.
+
+        Raises:
+            TypeError, ValueError: The argument is named.
+        """
+        try:
+            hash(job.flow), hash(job.key)
+        except TypeError:
+            name, value = ("key", job.key) if isinstance(job.flow, Hashable) else ("flow", job.flow)
+            raise TypeError(f"{name} must be hashable, not {value!r}") from None
+        if job.cost != 1.0:
+            check_positive("cost", job.cost)
+        self._queue.charge(job.flow, 0.0)  # asks for the weight of a flow that is new
 
     def add(self, job: C) -> None:
         """Let a job wait for its turn.

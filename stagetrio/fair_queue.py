@@ -22,7 +22,7 @@ from stagetrio.longest import Longest
 from stagetrio.outlet import Outlet
 from stagetrio.priority import PriorityClass, PriorityOrder
 from stagetrio.runs import Run, put_back, take_runs
-from stagetrio.sojourn import CoDel, OnShed, Sojourn, bare
+from stagetrio.sojourn import CoDel, OnShed, Sojourn, bare, check_codel
 
 __all__ = ["CoDel", "Delivery", "FairQueue", "FairQueueStatistics", "FlowChannel", "PriorityClass"]
 
@@ -96,6 +96,7 @@ class FairQueue(Generic[F, T]):
                 raise TypeError(f"{name} must be callable or None, not {function!r}")
         if overflow not in ("wait", "refuse", "evict"):
             raise ValueError(f'overflow must be "wait", "refuse" or "evict", not {overflow!r}')
+        check_codel(codel)
         if bool(classes) != (class_of is not None):
             raise ValueError(f"classes and class_of must be given together, not {classes!r} and {class_of!r}")
         self._order: FairOrder[F, T] | PriorityOrder[F, T] = (

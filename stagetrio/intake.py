@@ -65,6 +65,15 @@ def check_bound(name: str, value: float) -> float:
     return value
 
 
+def check_deadline(value: float) -> float:
+    """Return a deadline, or raise a `TypeError` or `ValueError` that names it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"deadline must be a number, not {value!r}")
+    if math.isnan(value):
+        raise ValueError(f"deadline must be a time, not {value!r}")
+    return value
+
+
 class Order(Protocol):
     """What takes the items."""
 
@@ -156,6 +165,8 @@ class Intake(Generic[F, T]):
         """
         if cost != 1.0:
             check_positive("cost", cost)
+        if deadline != math.inf:
+            check_deadline(deadline)
         if self.items >= self.soft or len(record) >= self._flow_bound:
             reason = self.refusal(record)
             if reason is not None:
@@ -274,17 +285,18 @@ class Intake(Generic[F, T]):
         Checkpoints: Always. A cancelled send has not queued anything.
         """
         await checkpoint_if_cancelled()
+        if cost != 1.0:
+            check_positive("cost", cost)
+        if deadline != math.inf:
+            check_deadline(deadline)
         if record.waiters is None and (
             (self.items < self.soft and len(record) < self._flow_bound) or self.refusal(record) is None
         ):
-            if cost != 1.0:
-                check_positive("cost", cost)
             self.put(record, item, cost, deadline)
             await cancel_shielded_checkpoint()
         elif self.refuses:
             self.send_nowait(record, item, cost, deadline)
         else:
-            check_positive("cost", cost)
             await self._wait(record, (item, cost, deadline), by)
 
     @enable_ki_protection

@@ -28,7 +28,7 @@ import attrs
 
 from stagetrio.fair_order import FairOrder
 from stagetrio.flow import Delivery, F, Flow, T
-from stagetrio.sojourn import CoDel
+from stagetrio.sojourn import CoDel, check_codel
 
 
 def _check_reserve(_: object, __: object, value: float) -> None:
@@ -36,6 +36,15 @@ def _check_reserve(_: object, __: object, value: float) -> None:
         raise TypeError(f"reserve must be a number, not {value!r}")
     if not 0 <= value < 1:
         raise ValueError(f"reserve must be at least 0 and below 1, not {value!r}")
+
+
+def _check_name(_: object, __: object, value: str) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"name must be a string, not {value!r}")
+
+
+def _check_codel(_: object, __: object, value: CoDel | None) -> None:
+    check_codel(value)
 
 
 @attrs.frozen
@@ -48,9 +57,9 @@ class PriorityClass:
         codel: How long its items may wait; None: as long as it takes.
     """
 
-    name: str
+    name: str = attrs.field(validator=_check_name)
     reserve: float = attrs.field(default=0.0, validator=_check_reserve)
-    codel: CoDel | None = None
+    codel: CoDel | None = attrs.field(default=None, validator=_check_codel)
 
 
 class _Class(Generic[F, T]):

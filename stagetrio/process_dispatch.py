@@ -15,7 +15,7 @@ A worker is retired (let go, and replaced where needed) after ``max_calls``, at 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from time import perf_counter
 from typing import Any
 
@@ -96,15 +96,11 @@ class ProcessCall(Call):
 
     __slots__ = ("frame", "given", "link")
 
-    def __init__(self, frame: bytes, flow: Hashable, key: Hashable, cost: float) -> None:
-        super().__init__(_nothing, (), flow, key, cost)
+    def __init__(self, fn: Callable[..., Any], frame: bytes, flow: Hashable, key: Hashable, cost: float) -> None:
+        super().__init__(fn, (), flow, key, cost)
         self.frame = frame
         self.link: ProcessLink | None = None  # given, and not taken up yet
         self.given = Wakeup()  # by a link, or by why there will be none
-
-
-def _nothing() -> None:
-    pass
 
 
 class ProcessDispatch:
@@ -140,8 +136,10 @@ class ProcessDispatch:
         Raises:
             Overloaded: Too many wait.
             trio.ClosedResourceError: The pool takes nothing more.
+            TypeError, ValueError: Its flow, key, cost or weight makes no sense.
         """
         self.calls.check_open()
+        self._backlog.check(call)
         self._backlog.add(call)
         self._wanted += 1
         self.calls.add(call)

@@ -197,6 +197,17 @@ def unwrap_error(payload: bytes) -> Exception:
     return error
 
 
+def unread(function: str, payload: bytes) -> TypeError:
+    """What the caller of a function is told that the worker could not have, or whose arguments it could not."""
+    type_name, message, text, _ = pickle.loads(payload)
+    error = TypeError(
+        f"{function} and its arguments must be importable in a worker process: {type_name}: {message}; "
+        "define them in a module, which the cells of a notebook and a prompt are not"
+    )
+    error.add_note(f"In the worker process:\n{text}")
+    return error
+
+
 def ending(status: int) -> str:
     """How a process ended, in words."""
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"

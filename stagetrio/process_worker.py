@@ -33,8 +33,8 @@ from stagetrio.jobs import bind
 T = TypeVar("T")
 
 SETUP, CALL, BATCH = 0, 1, 2  # to the worker
-READY, FAILED, VALUE, ERROR, PROGRESS = 0, 1, 2, 3, 4  # from the worker
-RETIRE = 0x80  # added to VALUE and ERROR: this worker has grown too big
+READY, FAILED, VALUE, ERROR, PROGRESS, UNREAD = 0, 1, 2, 3, 4, 5  # from the worker
+RETIRE = 0x80  # added to VALUE, ERROR and UNREAD: this worker has grown too big
 HEADER = Struct("<BQ")
 SLICE = 0.01  # seconds after which the rest of a batch is given back
 ORPHAN_SECONDS = 2.0  # given to a job whose parent is gone
@@ -47,7 +47,7 @@ def frame(kind: int, message: object) -> bytes:
 
 
 def _receive(sock: socket.socket) -> tuple[int, Any] | None:
-    """The next message; None: the other side is gone, or wants no more of this worker."""
+    """The next message, or why it is `UNREAD`; None: the other side is gone, or wants no more of this worker."""
     data = sock.recv(65536)
     while len(data) < HEADER.size:
         if not data:
@@ -56,7 +56,7 @@ def _receive(sock: socket.socket) -> tuple[int, Any] | None:
     kind, length = HEADER.unpack_from(data)
     missing = HEADER.size + length - len(data)
     if not missing:
-        return kind, pickle.loads(memoryview(data)[HEADER.size :])
+        return _read(kind, memoryview(data)[HEADER.size :])
     whole = bytearray(data)
     whole.extend(bytes(missing))
     view, at = memoryview(whole), len(data)
@@ -65,7 +65,14 @@ def _receive(sock: socket.socket) -> tuple[int, Any] | None:
         if not got:
             return None
         at += got
-    return kind, pickle.loads(view[HEADER.size :])
+    return _read(kind, view[HEADER.size :])
+
+
+def _read(kind: int, payload: memoryview) -> tuple[int, Any]:
+    try:
+        return kind, pickle.loads(payload)
+    except BaseException as error:  # a function that is not found here, a module that cannot be imported
+        return UNREAD, _described(error)
 
 
 class _Reporter:
@@ -156,12 +163,14 @@ def _watch_parent(fd: int) -> None:
 
 
 def _answer(kind: int, message: Any, max_memory_bytes: float) -> bytes:
-    function, what = message
-    try:
-        value = function(*what) if kind == CALL else _batch(function, what)
-        answer = frame(VALUE, value)
-    except BaseException as error:
-        answer = frame(ERROR, _described(error))
+    if kind == UNREAD:
+        answer = frame(UNREAD, message)
+    else:
+        function, what = message
+        try:
+            answer = frame(VALUE, function(*what) if kind == CALL else _batch(function, what))
+        except BaseException as error:
+            answer = frame(ERROR, _described(error))
     if max_memory_bytes < math.inf and resident_bytes() > max_memory_bytes:
         answer = bytes([answer[0] | RETIRE]) + answer[1:]
     return answer

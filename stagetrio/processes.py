@@ -34,10 +34,11 @@ from stagetrio.calls import MAX_PROGRESS, Wakeup
 from stagetrio.fair_queue import FairQueue
 from stagetrio.jobs import Again
 from stagetrio.process_dispatch import Limits, ProcessCall, ProcessDispatch, ProcessPoolStatistics
-from stagetrio.process_link import unwrap_error
-from stagetrio.process_worker import BATCH, CALL, VALUE, frame, preparation
+from stagetrio.process_link import unread, unwrap_error
+from stagetrio.process_worker import BATCH, CALL, UNREAD, VALUE, frame, preparation
 from stagetrio.progress import Progress
 from stagetrio.remote_wire import WorkerLost
+from stagetrio.stall import name_of
 
 __all__ = ["ProcessPool", "ProcessPoolStatistics", "open_process_pool"]
 
@@ -74,6 +75,8 @@ class ProcessPool:
             WorkerLost: The worker ended in the middle of this call, or none can be started; ``may_have_run`` tells.
             RemoteError: The function raised something that cannot be brought here; otherwise that itself is raised,
                 with the traceback of the worker as a note.
+            TypeError: ``fn`` or an argument does not pickle, or is not found in the worker, as what is defined in a
+                notebook's cell or at a prompt; nothing has run.
             trio.ClosedResourceError: The pool is closed, or was while the call waited.
 
         Checkpoints: Always. Cancelled before a worker has begun the call, it never runs. Cancelled later, the worker is
@@ -81,7 +84,7 @@ class ProcessPool:
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         dispatch = self._dispatch
-        call = ProcessCall(frame(CALL, (fn, args)), flow, key, cost)
+        call = ProcessCall(fn, _framed(CALL, fn, args), flow, key, cost)
         dispatch.submit(call)
         try:
             while True:
@@ -102,6 +105,8 @@ class ProcessPool:
                 raise
         self._dispatch.note_failure()
         self._dispatch.release_key(call)
+        if kind == UNREAD:
+            raise unread(name_of(call.fn), payload)
         raise unwrap_error(payload)
 
     async def call_batch(
@@ -112,7 +117,7 @@ class ProcessPool:
         Items travel together, some milliseconds' worth at a time.
 
         Raises:
-            Overloaded, WorkerLost, RemoteError, trio.ClosedResourceError: As for `call`.
+            Overloaded, WorkerLost, RemoteError, TypeError, trio.ClosedResourceError: As for `call`.
             Exception: What ``fn`` raised first; then the other workers of this batch are killed.
 
         Checkpoints: Always; cancelled, items that have not begun never will, and the workers of others are killed.
@@ -144,7 +149,7 @@ class ProcessPool:
 
     async def _call_chunk(self, fn: Callable[[T], R], items: list[T], flow: Hashable, cost: float) -> list[R]:
         dispatch = self._dispatch
-        call = ProcessCall(frame(BATCH, (fn, items)), flow, None, cost)
+        call = ProcessCall(fn, _framed(BATCH, fn, items), flow, None, cost)
         dispatch.submit(call)
         try:
             results: list[R] = self._value(call, *await dispatch.made(call))
@@ -162,7 +167,7 @@ class ProcessPool:
         a socket holds; a job that is further ahead waits. Arguments and errors are those of `call`.
         """
         dispatch = self._dispatch
-        call = ProcessCall(frame(CALL, (fn, args)), flow, key, cost)
+        call = ProcessCall(fn, _framed(CALL, fn, args), flow, key, cost)
         call.progress = deque()
         room, scope, gone = Wakeup(), trio.CancelScope(), trio.Event()
         call.took_progress = room.wake
@@ -203,6 +208,13 @@ class ProcessPool:
     def statistics(self) -> ProcessPoolStatistics:
         """What the pool holds and has done."""
         return self._dispatch.statistics()
+
+
+def _framed(kind: int, fn: Callable[..., Any], what: object) -> bytes:
+    try:
+        return frame(kind, (fn, what))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(f"{name_of(fn)} and its arguments must be picklable: {error}") from error
 
 
 class _Batch(Generic[R]):

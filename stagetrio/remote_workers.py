@@ -285,8 +285,9 @@ async def open_remote_workers(
         start_within: Seconds in which a worker must be ready, > 0.
 
     Raises:
-        WorkerLost: A worker could not be started; its traceback is a note.
-        TypeError: A procedure cannot be found by its name.
+        WorkerLost: A worker could not be started, or does not find a procedure of a notebook's cell or of a script that
+            cannot be imported; its traceback is a note.
+        TypeError: A procedure cannot be found by its name in this process.
         ValueError: A bound makes no sense.
 
     Checkpoints: on entry and on exit. Whoever still calls when the block is left gets ``trio.ClosedResourceError``.

@@ -45,6 +45,12 @@ def _check_seconds(_: object, attribute: attrs.Attribute[float], value: float) -
     check_positive(attribute.name, value)
 
 
+def check_codel(value: CoDel | None) -> None:
+    """Raise a `TypeError` that names it unless it says how long items may wait."""
+    if value is not None and not isinstance(value, CoDel):
+        raise TypeError(f"codel must be a CoDel or None, not {value!r}")
+
+
 @attrs.frozen
 class CoDel:
     """How long items may wait.

@@ -120,8 +120,10 @@ class Dispatch:
         Raises:
             Overloaded: Too many wait.
             trio.ClosedResourceError: The pool takes nothing more.
+            TypeError, ValueError: Its flow, key, cost or weight makes no sense.
         """
         self.calls.check_open()
+        self._backlog.check(job)
         if job.key is None and not self._backlog.queued and self._in_hand < self._room:
             self._hand(job)
         else:

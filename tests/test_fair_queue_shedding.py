@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import trio
@@ -191,3 +192,29 @@ async def test_what_on_shed_raises_loses_no_item(mock_clock: MockClock) -> None:
         await queue.receive_batch(9)
     assert await queue.receive_batch(9) == ["b"]
     assert queue.statistics().shed == 1
+
+
+@pytest.mark.parametrize("overflow", ["wait", "refuse", "evict"])
+@pytest.mark.parametrize("bad", ["soon", None, True, math.nan])
+async def test_a_deadline_that_is_none_is_refused(bad: float, overflow: Literal["wait", "refuse", "evict"]) -> None:
+    """Its sender is told, the argument and the value are named, and nobody else's item is lost or held up by it."""
+    queue: FairQueue[str, int] = FairQueue(2, overflow=overflow)
+    for full in (1, 2):
+        queue.send_nowait("a", full)
+        with pytest.raises((TypeError, ValueError), match=f"deadline .*{bad!r}"):
+            queue.send_nowait("b", 0, deadline=bad)
+        with pytest.raises((TypeError, ValueError), match=f"deadline .*{bad!r}"):
+            await queue.send("b", 0, deadline=bad)
+        with pytest.raises((TypeError, ValueError), match=r"cost .*-1"):
+            await queue.send("b", 0, cost=-1)
+    assert await queue.receive_batch(9) == [1, 2]
+
+
+def test_a_codel_that_is_none_is_refused() -> None:
+    """Where it is given, to the queue or to a class; as is a class without a name."""
+    with pytest.raises(TypeError, match="codel must be a CoDel or None, not 5"):
+        FairQueue(10, codel=5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="codel must be a CoDel or None, not 5"):
+        PriorityClass("gold", codel=5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="name must be a string, not 3"):
+        PriorityClass(3)  # type: ignore[arg-type]

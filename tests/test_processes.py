@@ -87,9 +87,36 @@ async def test_an_exception_that_cannot_cross_is_described() -> None:
 async def test_what_cannot_be_sent_is_refused_before_it_waits() -> None:
     """A lambda has no name to be imported by."""
     async with open_process_pool(1) as pool:
-        with pytest.raises(Exception, match=r"pickle|local"):
+        with pytest.raises(TypeError, match=r"<lambda> and its arguments must be picklable: .*(pickle|local)"):
             await pool.call(lambda: None)
         assert pool.statistics().starting == 0
+
+
+class Landmine:
+    """Sent, it becomes the call of a function in whoever unpacks it."""
+
+    def __init__(self, function: Callable[..., object], *args: object) -> None:
+        self.what = function, args
+
+    def __reduce__(self) -> Any:
+        return self.what
+
+
+@pytest.mark.parametrize(
+    ("what", "says"), [((jobs.fails, "there"), "KeyError: 'there'"), ((jobs.exits,), "SystemExit: 3")]
+)
+async def test_what_a_worker_cannot_unpack_is_an_answer(what: Any, says: str) -> None:
+    """Also where it is long, or one of many: the function is named, it has not run, and the worker stays."""
+    async with open_process_pool(1) as pool:
+        worker = await pool.call(jobs.pid)
+        for mine in (Landmine(*what), [bytes(1_000_000), Landmine(*what)]):
+            with pytest.raises(TypeError, match=f"^builtins.len and its arguments must be importable .*: {says}"):
+                await pool.call(len, mine, key="k")
+            with pytest.raises(TypeError, match=says):
+                await pool.call_batch(len, ["abc", mine])
+        assert await pool.call(jobs.pid, key="k") == worker
+        statistics = pool.statistics()
+    assert (statistics.failed, statistics.lost, statistics.failed_starts) == (4, 0, 0)
 
 
 async def test_a_call_is_a_checkpoint() -> None:
@@ -428,6 +455,35 @@ def test_a_function_of_the_main_module_is_found(tmp_path: Path) -> None:
     assert (ran.stdout, ran.stderr) == (b"42\n", b"")
 
 
+def test_a_function_that_workers_do_not_find_is_named() -> None:
+    """One that was typed, as into a notebook: its caller is told what to do, and the worker says and loses nothing."""
+    typed = (
+        "import os, trio\n"
+        "from stagetrio.processes import open_process_pool\n"
+        "def double(n): return 2 * n\n"
+        "async def main():\n"
+        "    async with open_process_pool(1) as pool:\n"
+        "        worker = await pool.call(os.getpid)\n"
+        "        try:\n"
+        "            await pool.call(double, 21)\n"
+        "        except TypeError as error:\n"
+        "            print(error)\n"
+        "        print(await pool.call(os.getpid) == worker)\n"
+        "trio.run(main)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", typed],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=60,
+        text=True,
+    )
+    told, stays = ran.stdout.splitlines()
+    assert told.startswith("__main__.double and its arguments must be importable in a worker process: ")
+    assert told.endswith("; define them in a module, which the cells of a notebook and a prompt are not")
+    assert (stays, ran.stderr) == ("True", "")
+
+
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     """Idle ones at once, and one that computes for ever after its grace: in a thread, it watches its parent."""
     script = tmp_path / "parent.py"
@@ -482,3 +538,27 @@ async def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[
     with pytest.raises(error, match=says):
         async with open_process_pool(**{"max_processes": 1, **arguments}):
             raise AssertionError("unreachable")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"flow": ["x"]}, TypeError, r"flow must be hashable, not \['x'\]"),
+        ({"key": ["x"]}, TypeError, r"key must be hashable, not \['x'\]"),
+        ({"cost": math.nan}, ValueError, "cost must be finite and above 0, not nan"),
+        ({"cost": "a"}, TypeError, "cost must be a number, not 'a'"),
+    ],
+)
+async def test_a_call_that_could_not_be_filed_is_refused(
+    arguments: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    """At the call, by the argument's name; nothing is kept of it, no worker is started for it, and the pool goes on."""
+    async with open_process_pool(1) as pool:
+        with pytest.raises(error, match=says):
+            await pool.call(len, "abc", **arguments)
+        with pytest.raises(error, match=says):
+            async with pool.run(len, "abc", **arguments):
+                raise AssertionError("unreachable")
+        statistics = pool.statistics()
+        assert (statistics.waiting, statistics.starting, statistics.processes) == (0, 0, 0)
+        assert await pool.call(len, "abc", flow="x", key="x", cost=2) == 3

@@ -546,3 +546,34 @@ async def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[
     """Each is refused with its name and value, before anything starts."""
     with pytest.raises(error, match=says):
         await wrong(**arguments)()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"flow": ["x"]}, TypeError, r"flow must be hashable, not \['x'\]"),
+        ({"key": ["x"]}, TypeError, r"key must be hashable, not \['x'\]"),
+        ({"cost": 0}, ValueError, "cost must be finite and above 0, not 0"),
+        ({"cost": math.nan}, ValueError, "cost must be finite and above 0, not nan"),
+        ({"cost": "a"}, TypeError, "cost must be a number, not 'a'"),
+        ({"flow": "weightless"}, ValueError, "weight must be finite and above 0, not 0"),
+    ],
+)
+async def test_a_call_that_could_not_be_filed_is_refused(
+    arguments: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    """At the call, by the argument's name; it never runs, nothing is kept of it, and the pool goes on."""
+    ran: list[int] = []
+    async with open_thread_pool(1, weight=lambda flow: 0 if flow == "weightless" else 1) as pool:
+        with pytest.raises(error, match=says):
+            await pool.call(ran.append, 1, **arguments)
+        with pytest.raises(error, match=says):
+            async with pool.run(ran.append, 1, **arguments):
+                raise AssertionError("unreachable")
+        if "key" not in arguments:
+            with pytest.raises(error, match=says):
+                await pool.call_batch(ran.append, [1], **arguments)
+        assert await pool.call(len, "abc", flow="x", key="x", cost=2) == 3
+        statistics = pool.statistics()
+    assert not ran
+    assert (statistics.waiting, statistics.in_hand, statistics.ended) == (0, 0, 1)
