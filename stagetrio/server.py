@@ -12,7 +12,6 @@ room, and its kernel tells its TCP. With ``refuse`` the message is answered by a
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
 from functools import partial
 from itertools import islice
@@ -24,9 +23,9 @@ import attrs
 import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
 
-from stagetrio.accept import Acceptor
-from stagetrio.admission import Admission, AdmissionStatistics, TurnedAway
+from stagetrio.admission import Admission, AdmissionStatistics
 from stagetrio.codec import Codec
+from stagetrio.door import Door
 from stagetrio.exchange import Exchange, Handler, Item
 from stagetrio.fair_queue import FairQueue
 from stagetrio.framing import Framing, LengthPrefixed
@@ -36,7 +35,7 @@ from stagetrio.limiter import Overloaded
 from stagetrio.nursery_pool import NurseryPool, open_nursery_pool
 from stagetrio.pacer import Pacer
 from stagetrio.peer import Peer
-from stagetrio.proxies import Arrivals, Proxies, ProxyStatistics
+from stagetrio.proxies import Proxies, ProxyStatistics
 from stagetrio.reaper import Reaper
 from stagetrio.rules import CloseReason, PeerLimits
 from stagetrio.sockets import Address
@@ -47,7 +46,6 @@ from stagetrio.watchdog import Watchdog
 M = TypeVar("M")
 Hook = Callable[[Peer[M]], Awaitable[object]]
 
-MAX_FAREWELLS = 256  # connections that are being told why they are turned away; further ones are just closed
 ROOM_BATCH = 16  # peers offered the room that a slice has made
 
 
@@ -132,9 +130,6 @@ class StageServer(Generic[M]):
         self._framing = framing
         called = handler if watchdog is None or handler_of is None else partial(self._dispatch_on_lane, handler_of)
         self._exchange = Exchange(called, framing.encode, codec, on_error, on_refused)
-        self._max_connections = max_connections
-        self._admission = Admission() if admission is None else admission
-        self._turned_away: set[Peer[M]] = set()  # while they are told so
         self._refuse = refuse
         self._flow = flow
         self._cancel_on_disconnect = cancel_on_disconnect
@@ -166,21 +161,20 @@ class StageServer(Generic[M]):
         self._touched: list[Peer[Any]] = []
         self._flusher: Task | None = None  # while it waits
         self._scope = trio.CancelScope()
-        self._arrivals = None if proxies is None else Arrivals(proxies, self._reaper, self._lost)
-        self._acceptor = Acceptor(
+        self._door = Door(
             self._hub,
             self._reaper,
-            self._welcome,
-            pace=self._admission.pace,
-            arrivals=self._arrivals,
+            admission=admission,
+            proxies=proxies,
+            max_connections=max_connections,
             vanished_within=limits.vanished_within,
+            take_in=self._take_in,
+            let_in=self._let_in,
         )
         self._emptied = trio.Event()
         self._ended = trio.Event()
         self._pool: NurseryPool
         self._draining = False
-        self._closed: Counter[CloseReason] = Counter()
-        self._accepted = self._refused_connections = 0
         self._dropped = self._coalesced = 0  # of connections that are gone
 
     @property
@@ -190,14 +184,15 @@ class StageServer(Generic[M]):
 
     def statistics(self) -> ServerStatistics:
         """Return a snapshot of the counts."""
+        door = self._door
         return ServerStatistics(
             connections=len(self._peers),
-            accepted=self._accepted,
-            refused_connections=self._refused_connections,
-            admission=self._admission.statistics(),
-            proxied=None if self._arrivals is None else self._arrivals.statistics(),
-            accept_errors=self._acceptor.errors,
-            closed=dict(self._closed),
+            accepted=door.accepted,
+            refused_connections=door.refused,
+            admission=door.admission.statistics(),
+            proxied=None if door.arrivals is None else door.arrivals.statistics(),
+            accept_errors=door.acceptor.errors,
+            closed=dict(door.closed),
             discarded=self._exchange.discarded,
             refused=self._exchange.refused,
             throttled=0 if self._inflow is None else self._inflow.throttled,
@@ -243,7 +238,7 @@ class StageServer(Generic[M]):
         self._scope.deadline = min(self._scope.deadline, trio.current_time() + grace)
         if not self._draining:
             self._draining = True
-            self._acceptor.close()
+            self._door.acceptor.close()
             for peer in self.peers:
                 peer.end_when_served(CloseReason.DRAINED, "the server shuts down")
             if not self._peers:
@@ -280,7 +275,7 @@ class StageServer(Generic[M]):
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._stage.run)
-                    nursery.start_soon(self._acceptor.run, listeners, self._pool)
+                    nursery.start_soon(self._door.acceptor.run, listeners, self._pool)
                     started(self)
                     await self._emptied.wait()
                     self._queue.close()
@@ -293,29 +288,6 @@ class StageServer(Generic[M]):
         assert self._on_error is not None
         self._on_error(cast("Peer[M]", key), error)
 
-    def _lost(self, reason: CloseReason) -> None:
-        self._accepted += 1
-        self._closed[reason] += 1
-
-    def _welcome(self, transport: Transport, address: Address | None) -> None:
-        self._accepted += 1
-        if len(self._peers) - len(self._turned_away) >= self._max_connections:
-            self._turn_away(transport, address, CloseReason.FULL, self._admission.full())
-            return
-        try:
-            refused = self._admission.enter(address)
-        except BaseException:  # the owner's filter failed: the server ends
-            transport.close()
-            raise
-        if refused is not None:
-            self._turn_away(transport, address, CloseReason.REFUSED, refused)
-            return
-        peer = self._take_in(transport, address)
-        if self._on_connect is None:
-            peer.start()
-        else:
-            self._pool.spawn_nowait(self._connect, self._on_connect, peer, key=peer)
-
     def _take_in(self, transport: Transport, address: Address | None) -> Peer[M]:
         peer: Peer[M] = Peer(self, transport, address, self._framing.decoder())
         self._peers[peer] = None
@@ -325,18 +297,11 @@ class StageServer(Generic[M]):
             peer.flow = self._flow(peer)
         return peer
 
-    def _turn_away(
-        self, transport: Transport, address: Address | None, reason: CloseReason, refused: TurnedAway
-    ) -> None:
-        self._refused_connections += 1
-        if len(self._turned_away) >= MAX_FAREWELLS:
-            self._closed[reason] += 1
-            transport.close()
-            return
-        peer = self._take_in(transport, address)
-        self._turned_away.add(peer)
-        peer.end(reason, refused.words, refused.retry_after)
-        peer.start()
+    def _let_in(self, peer: Peer[M]) -> None:
+        if self._on_connect is None:
+            peer.start()
+        else:
+            self._pool.spawn_nowait(self._connect, self._on_connect, peer, key=peer)
 
     async def _connect(self, on_connect: Hook[M], peer: Peer[M]) -> None:
         try:
@@ -470,7 +435,7 @@ class StageServer(Generic[M]):
         self._pool.spawn_nowait(fn, *args, key=peer)
 
     def ending(self, peer: Peer[Any], reason: CloseReason) -> None:
-        self._closed[reason] += 1
+        self._door.closed[reason] += 1
         self._in_want_of_room.pop(peer, None)
         if peer.has_own_flow:  # the queue of a flow shared with others stays; the worker drops this peer's from it
             self._exchange.discarded += len(self._queue.discard(peer.flow))
@@ -485,17 +450,10 @@ class StageServer(Generic[M]):
         if self._inflow is not None:
             self._inflow.forget(peer)
         self._pool.cancel(peer, "the connection ended")
-        if peer in self._turned_away:
-            self._turned_away.remove(peer)
-        else:
-            self._left(peer)
+        if self._door.left(peer) and self._on_disconnect is not None:
+            self._pool.spawn_nowait(self._on_disconnect, peer)
         if self._draining and not self._peers:
             self._emptied.set()
-
-    def _left(self, peer: Peer[M]) -> None:
-        self._admission.leave(peer.address)
-        if self._on_disconnect is not None:
-            self._pool.spawn_nowait(self._on_disconnect, peer)
 
 
 def _peer_of(item: Item) -> Peer[Any]:

@@ -12,11 +12,11 @@ from trio.testing import MockClock
 
 from stagetrio.admission import Admission, AdmissionStatistics, Refusal
 from stagetrio.codec import Closed
+from stagetrio.door import MAX_FAREWELLS
 from stagetrio.limiter import FlowRateLimiter, Rate, RateLimiter
 from stagetrio.networks import Networks, ip_of, prefix_of
 from stagetrio.peer import Peer
 from stagetrio.rules import CloseReason
-from stagetrio.server import MAX_FAREWELLS
 from stagetrio.sockets import Address, TcpAddress, UnixAddress
 
 

@@ -108,6 +108,7 @@ FLOORS: dict[str, int | str] = {
     "remote_serving": 4,
     "remote_link": 4,
     "backlog": 5,
+    "door": 5,
     "stage": 5,
     "fair_channel": 5,
     "remote_workers": 5,

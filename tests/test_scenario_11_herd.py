@@ -13,9 +13,9 @@ from trio.testing import MockClock, open_stream_to_socket_listener
 
 from stagetrio.admission import Admission
 from stagetrio.codec import Closed
+from stagetrio.door import MAX_FAREWELLS
 from stagetrio.limiter import Rate, RateLimiter
 from stagetrio.peer import Peer
-from stagetrio.server import MAX_FAREWELLS
 
 HERD = int(os.environ.get("STAGETRIO_HERD", "2000"))
 PLACES = 250  # fewer than are let in while one is served
