@@ -124,19 +124,20 @@ class Ticket:
                 self._messages._finish(self._left)
         return self._messages
 
+    @trio.lowlevel.enable_ki_protection
     def extend(self, seconds: float) -> None:
         """Let the lease end `seconds` from now, whenever it would have ended.
 
-        A ticket without a lease lasts anyway, and is left as it is.
+        What has no lease and cannot be revoked lasts anyway, and is left as it is.
 
         Args:
-            seconds: ≥ 0.
+            seconds: ≥ 0; ``math.inf`` lets it last until it is given back, revoked or told another end.
 
         Raises:
             LeaseLost: It is over already, so the work cannot go on.
         """
         check_amount("seconds", seconds)
-        if self._left is None and self.leased and self._deadline < math.inf:
+        if self._left is None and self.leased:
             if self.lost is not None:
                 raise LeaseLost(self.lost)
             self._deadline = current_time() + seconds
@@ -173,7 +174,8 @@ class Ticket:
         return self
 
     def _enter_scope(self) -> None:
-        scope = self._scope = CancelScope(deadline=self._deadline)
+        # One that was released before its block began has no lease left to end.
+        scope = self._scope = CancelScope(deadline=self._deadline if self._left is None else math.inf)
         scope.__enter__()
         if self._lost is not None:
             scope.cancel(reason=self._lost)

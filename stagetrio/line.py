@@ -24,6 +24,7 @@ Source: Goyal, Vin, Cheng: Start-time fair queueing (SIGCOMM 1996); Bennett, Zha
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, Protocol, TypeVar
@@ -45,18 +46,23 @@ class Waiter(Protocol):
     """Whether it is counted."""
     has_key: bool
     """Whether its key is busy on its account."""
+    booked: float
+    """What its flow's tag was moved by when it was taken."""
+    weight: float
+    """What its flow weighed on arrival; kept of those behind a key only."""
 
 
 W = TypeVar("W", bound=Waiter)
 
 
 class _Flow(Generic[W]):
-    __slots__ = ("inverse", "name", "queue", "serial", "tag")
+    __slots__ = ("inverse", "name", "queue", "serial", "tag", "weight")
 
     def __init__(self, name: Hashable, tag: float, weight: float) -> None:
         self.name = name
         self.tag = tag
         self.serial = 0  # of its filing: who was filed first goes first among equals
+        self.weight = weight
         self.inverse = 1 / weight
         self.queue: deque[W] = deque()  # some of those that gave up included, but none at its ends
 
@@ -112,7 +118,7 @@ class Line(Generic[W]):
         """Let `waiter` wait, in line or behind its key.
 
         Raises:
-            ValueError: The weight of its flow is not > 0.
+            ValueError: The weight of its flow is not finite and > 0.
         """
         flow = self._flows.get(waiter.flow)
         if flow is None or not flow.queue:
@@ -120,6 +126,8 @@ class Line(Generic[W]):
         self.waiting += 1
         self._arrivals = waiter.number = self._arrivals + 1
         if waiter.key is not None and not self._claim(waiter):
+            waiter.weight = flow.weight  # whoever frees the key is not to answer for what the weight is by then
+            self._gone += not flow.queue  # its place among the turns
             return
         flow.queue.append(waiter)
         waiter.in_line = waiter.waits = True
@@ -144,13 +152,15 @@ class Line(Generic[W]):
                 return None
             queue.popleft()
             waiter.in_line = waiter.waits = False
+            waiter.booked = 0.0
             self.waiting -= 1
             self.size -= 1
             if not self.size:
                 self._clear()
                 return waiter
             if len(turns) > 1:  # where one flow waits nothing depends on its tag, which keeps up with virtual time
-                flow.tag += cost * flow.inverse
+                waiter.booked = booked = cost * flow.inverse
+                flow.tag += booked
                 self._virtual += cost / self._weight_sum
                 self._refile_top()
             if queue and not queue[0].in_line:
@@ -162,7 +172,7 @@ class Line(Generic[W]):
         """Undo the booking of one that was taken, and gave up after all."""
         flow = self._flows.get(waiter.flow)
         if flow is not None:
-            flow.tag -= waiter.cost * flow.inverse
+            flow.tag -= waiter.booked
             self._turns[:] = [(other.tag, serial, other) for _, serial, other in self._turns]
             heapq.heapify(self._turns)
         self._finished.pop(waiter.flow, None)
@@ -209,7 +219,7 @@ class Line(Generic[W]):
                 waiter.has_key = waiter.in_line = True
                 flow = self._flows.get(waiter.flow)
                 if flow is None or not flow.queue:
-                    flow = self._arrive(waiter.flow)
+                    flow = self._arrive(waiter.flow, waiter.weight)
                 flow.insert(waiter)
                 self.size += 1
                 return
@@ -229,16 +239,17 @@ class Line(Generic[W]):
 
     # Flows.
 
-    def _arrive(self, name: Hashable) -> _Flow[W]:
-        """Give a flow without waiters its place among the turns."""
+    def _arrive(self, name: Hashable, weight: float | None = None) -> _Flow[W]:
+        """Give a flow without waiters its place among the turns; ask for its weight unless that is given."""
         flow = self._flows.get(name)
         if flow is not None:
             self._gone -= 1
             flow.tag = max(flow.tag, self._virtual)
             return flow
-        weight = 1.0 if self._weight is None else self._weight(name)
-        if not weight > 0:
-            raise ValueError(f"weight of flow {name!r} must be > 0, not {weight!r}")
+        if weight is None:
+            weight = 1.0 if self._weight is None else self._weight(name)
+            if not 0 < weight < math.inf:
+                raise ValueError(f"weight of flow {name!r} must be finite and > 0, not {weight!r}")
         tag = max(self._virtual, self._finished.pop(name, 0.0))
         flow = self._flows[name] = _Flow[W](name, tag, weight)
         self._weight_sum += weight
@@ -258,7 +269,7 @@ class Line(Generic[W]):
 
     def _depart(self, flow: _Flow[W]) -> None:
         del self._flows[flow.name]
-        self._weight_sum -= 1 / flow.inverse
+        self._weight_sum -= flow.weight
         if flow.tag > self._virtual:
             self._finished[flow.name] = flow.tag
         if len(self._finished) > 2 * len(self._flows) + 64:

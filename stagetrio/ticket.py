@@ -149,6 +149,7 @@ class TicketStage:
         return self._tickets if self._lending is None else self._lending.limiter.total_tokens
 
     @tickets.setter
+    @enable_ki_protection
     def tickets(self, tickets: int) -> None:
         if self._lending is not None:
             raise TypeError(f"the tickets of {self!r} are those of its limiter: set its total")
@@ -157,6 +158,7 @@ class TicketStage:
         self._tickets = tickets
         self._hand_over()
 
+    @enable_ki_protection
     def revoke(self, ticket: Ticket, reason: str) -> None:
         """Take `ticket` away: its block is cancelled and raises `LeaseLost` with `reason`.
 
@@ -180,6 +182,7 @@ class TicketStage:
         self._broadcasts.send(value)
         self._sent += 1
 
+    @enable_ki_protection
     def close_after(self, seconds: float) -> None:
         """Stop granting `seconds` from now: waiters get `trio.ClosedResourceError` then, and holders finish.
 
@@ -322,7 +325,7 @@ class TicketStage:
 class TicketRequest(Ticket):
     """A ticket that is asked for: ``async with`` it waits for the grant, and it can be watched meanwhile."""
 
-    __slots__ = ("_patience", "_scope_in_limiter", "_task", "has_key", "in_line", "number", "waits")
+    __slots__ = ("_patience", "_scope_in_limiter", "_task", "booked", "has_key", "in_line", "number", "waits", "weight")
 
     _stage: TicketStage
     _patience: float
@@ -334,6 +337,8 @@ class TicketRequest(Ticket):
     in_line: bool
     number: int
     waits: bool
+    weight: float
+    booked: float
 
     @property
     def position(self) -> int:

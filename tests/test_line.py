@@ -24,6 +24,8 @@ class Somebody:
     waits: bool = False
     in_line: bool = False
     has_key: bool = False
+    weight: float = 0.0
+    booked: float = 0.0
 
 
 def fill(line: Line[Somebody], flows: str, cost: int = 1) -> list[Somebody]:
@@ -93,6 +95,21 @@ def test_the_head_waits_until_it_fits() -> None:
     assert line.take(2) is None
     assert line.take(3) is large
     assert line.take(1) is small
+
+
+def test_flows_that_came_behind_a_key_hide_nobody_who_gave_up() -> None:
+    """The position stays exact after a flow had its only waiter behind a key, and another one gave up in the middle."""
+    line = Line[Somebody]()
+    for flow in "zy":
+        line.add(Somebody(flow, key="k"))
+    fill(line, "aaaabbbb")
+    assert served(line, 2) == "za"  # and the place of "y" among the turns is gone
+    first, middle, last = (waiter for waiter in line if waiter.flow == "a")
+    line.remove(middle)
+    *_, behind = (waiter for waiter in line if waiter.flow == "b")
+    assert line.position(behind) == len(served(line, 6)) == 6
+    assert not behind.waits
+    assert first.waits is last.waits is False
 
 
 def test_a_refund_gives_the_turn_back() -> None:

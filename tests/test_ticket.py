@@ -442,6 +442,111 @@ async def test_early_release_hands_on_and_ends_the_lease(make: Make, autojump_cl
     assert stage.statistics().lost == 0
 
 
+@pytest.mark.parametrize("revocable", [False, True])
+async def test_an_endless_lease_can_be_given_an_end(revocable: bool, autojump_clock: MockClock) -> None:
+    """`extend` means now + seconds wherever there is a scope, also after an extension by ``math.inf``."""
+    stage = TicketStage("db", 1, revocable=revocable)
+    start = trio.current_time()
+
+    async def extend() -> None:
+        async with stage.ticket(lease=None if revocable else 1) as ticket:
+            ticket.extend(math.inf)
+            assert ticket.deadline == math.inf
+            await trio.sleep(10)
+            ticket.extend(2)
+            assert ticket.deadline == start + 12
+            await trio.sleep_forever()
+
+    await loses(extend, "lease expired")
+    assert trio.current_time() == start + 12
+
+
+async def test_a_ticket_released_before_its_block_has_no_lease_there(autojump_clock: MockClock) -> None:
+    """What was given back before the block began, or before the waiter woke with it, cancels nothing in the block."""
+    stage = TicketStage("db", 1, lease=1)
+    start = trio.current_time()
+    early = stage.ticket_nowait()
+    early.release()
+    with early:
+        await trio.sleep(5)
+    assert trio.current_time() == start + 5
+    request = stage.ticket()
+    ended = []
+
+    async def wait() -> None:
+        async with request:
+            await trio.sleep(5)
+        ended.append(trio.current_time() - start)
+
+    async with trio.open_nursery() as nursery:
+        with stage.ticket_nowait() as first:
+            nursery.start_soon(wait)
+            await wait_all_tasks_blocked()
+        assert not first.held
+        request.release()
+    assert ended == [10]
+    assert stage.statistics().held == 0
+    assert stage.statistics().lost == 0
+
+
+async def test_a_weight_that_is_gone_harms_nobody_who_waits(make: Make, autojump_clock: MockClock) -> None:
+    """A flow's weight is asked when it comes: one that cannot be told later keeps no key busy and fails no holder."""
+    weights = {"a": 1.0, "b": 1.0}
+    stage = make(1, weight=weights.__getitem__)
+    served = []
+
+    async def hold_key(flow: str) -> None:
+        async with stage.ticket(flow, key="k"):
+            served.append(flow)
+            await trio.sleep(1)
+
+    async with trio.open_nursery() as nursery:
+        for flow in "ab":
+            nursery.start_soon(hold_key, flow)
+            await wait_all_tasks_blocked()
+        weights.clear()
+    assert served == ["a", "b"]
+    with stage.ticket_nowait("c", key="k"):
+        pass
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan])
+async def test_a_weight_out_of_range_is_refused(weight: float, autojump_clock: MockClock) -> None:
+    """An infinite weight would leave no share for anybody else, now or later."""
+    stage = TicketStage("db", 1, weight=lambda flow: weight)
+    with stage.ticket_nowait(), trio.fail_after(1), pytest.raises(ValueError, match="weight of flow 'x'"):
+        await stage.ticket("x").__aenter__()
+
+
+async def test_giving_up_before_a_limiter_saves_no_credit(autojump_clock: MockClock) -> None:
+    """Waiters of one flow that give up as the front of the line, one after the other, gain the flow no turns."""
+    limiter = trio.CapacityLimiter(1)
+    stage = TicketStage("db", limiter)
+    log: list[str] = []
+
+    async def once(flow: str, scope: trio.CancelScope) -> None:
+        with scope:
+            async with stage.ticket(flow):
+                log.append(flow)
+                await trio.sleep(1)
+
+    async with trio.open_nursery() as nursery:
+        await limiter.acquire()
+        scopes = [trio.CancelScope() for _ in range(20)]
+        for scope in scopes:
+            nursery.start_soon(once, "a", scope)
+            await wait_all_tasks_blocked()
+        for scope in scopes[:10]:  # each the front of the line by then
+            scope.cancel()
+            await wait_all_tasks_blocked()
+        for _ in range(10):
+            nursery.start_soon(once, "b", trio.CancelScope())
+        await wait_all_tasks_blocked()
+        limiter.release()
+    assert len(log) == 20
+    assert all(abs(log[:n].count("a") - log[:n].count("b")) <= 2 for n in range(len(log)))
+
+
 async def test_a_waiter_that_is_cancelled_leaves_no_trace(make: Make, autojump_clock: MockClock) -> None:
     """When the large head gives up, those behind it that fit are granted at once."""
     stage = make(2)
