@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the command's name; None: those of the process.
     """
     try:
-        options = _parser().parse_args(arguments)
+        options, unknown = _parser().parse_known_args(arguments)
+        if unknown:
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         status: int = options.command(options)
         sys.stdout.flush()
         return status
@@ -76,7 +78,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw it over time, to FILE.html or FILE.png")
     parser.add_argument("--no-control", action="store_true", help="skip the plain Trio server")
     parser.add_argument("--show-control", action="store_true", help="print the plain Trio server's source and exit")
-    parser.set_defaults(command=_demo)
+    parser.set_defaults(command=_demo, parser=parser)
 
 
 def _seconds(text: str) -> float:
@@ -141,7 +143,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--pid", type=Path, metavar="FILE", help="keep the process id in FILE while it runs")
     parser.add_argument("--check", action="store_true", help="load the script, print what it serves, and exit")
     _add_processes(parser)
-    parser.set_defaults(command=_run)
+    parser.set_defaults(command=_run, parser=parser)
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ Synopsis::
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import count
@@ -18,11 +19,12 @@ from typing import Any
 
 import trio
 
+from stagetrio.amounts import check_amount
 from stagetrio.backstage import open_backstage
 from stagetrio.codec import Closed, Codec, Failed, Refused
 from stagetrio.framing import Framing, LengthPrefixed, ProtocolError
 from stagetrio.limiter import Overloaded
-from stagetrio.sockets import Address, connect
+from stagetrio.sockets import Address, connect_stream
 
 READ_SIZE = 65536  # bytes
 
@@ -44,7 +46,7 @@ class _Call:
 class Client:
     """One connection to a server; made by `open_client`. Iterating over it gives what the server sends unasked."""
 
-    def __init__(self, stream: trio.abc.Stream, codec: Codec[Any], framing: Framing, max_pushed: int) -> None:
+    def __init__(self, stream: trio.abc.Stream, codec: Codec[Any], framing: Framing, max_pushed: float) -> None:
         self._stream = stream
         self._codec = codec
         self._framing = framing
@@ -154,7 +156,8 @@ async def open_client(
     codec: Codec[Any],
     *,
     framing: Framing | None = None,
-    max_pushed: int = 1000,
+    ssl_context: ssl.SSLContext | None = None,
+    max_pushed: float = 1000,
 ) -> AsyncIterator[Client]:
     """Connect to a server.
 
@@ -162,15 +165,24 @@ async def open_client(
         address: Where it listens, or a stream that leads there.
         codec: The messages both sides know.
         framing: How they lie on the wire; by default `LengthPrefixed` with up to 1 MiB.
+        ssl_context: Speak TLS with it; ``ssl.create_default_context()`` checks the host's name. For addresses only.
         max_pushed: Messages sent unasked that may wait to be received; with more, nothing is read, replies included.
 
     Raises:
-        ValueError: The address makes no sense.
+        ValueError, TypeError: An argument makes no sense; it is named.
         OSError: Nobody listens there.
 
     Checkpoints: on entry. Leaving the block closes the connection.
     """
-    stream = address if isinstance(address, trio.abc.Stream) else await connect(address)
+    if not isinstance(codec, Codec):
+        raise TypeError(f"codec must be a Codec, not {codec!r}")
+    check_amount("max_pushed", max_pushed)
+    if not isinstance(address, trio.abc.Stream):
+        stream = await connect_stream(address, ssl_context)
+    elif ssl_context is None:
+        stream = address
+    else:
+        raise ValueError(f"ssl_context must be None for a stream, such as {address!r}: wrap it in a trio.SSLStream")
     client = Client(stream, codec, LengthPrefixed(1 << 20) if framing is None else framing, max_pushed)
     async with open_backstage() as nursery:
         nursery.start_soon(client.run)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from inspect import isawaitable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -100,6 +101,8 @@ class Stack(greenlet.greenlet):  # type: ignore[misc]
                 if self.back is None:
                     raise
                 self.error = error
+                if type(error) is TypeError and not isawaitable(coroutine):
+                    self.error = TypeError(f"fn must be an async function, not one that returns {coroutine!r}")
 
     def stop(self) -> None:
         """Hand the loop to the driver; return when it switches back, or raise what it answers.

@@ -32,6 +32,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
 import trio
 
@@ -42,7 +43,7 @@ from stagetrio.remote_link import Link, Remote, RemoteStatistics, RemoteStream
 from stagetrio.remote_serving import ServedConnection
 from stagetrio.remote_wire import RemoteError, WorkerLost, check_bounds
 from stagetrio.remote_workers import RemoteWorkers, RemoteWorkersStatistics, open_remote_workers
-from stagetrio.sockets import TcpAddress, connect, parse_address
+from stagetrio.sockets import connect_stream, parse_address
 
 __all__ = [
     "Procedures",
@@ -267,11 +268,4 @@ def open_remote(
     """
     target = parse_address(address)
 
-    async def a_new_stream() -> trio.abc.Stream:
-        stream = await connect(target)
-        if ssl_context is None:
-            return stream
-        host = target.host if isinstance(target, TcpAddress) else None
-        return trio.SSLStream(stream, ssl_context, server_hostname=host)
-
-    return _open(a_new_stream, token, max_frame_bytes, max_buffered_bytes, reopens=True)
+    return _open(partial(connect_stream, target, ssl_context), token, max_frame_bytes, max_buffered_bytes, reopens=True)

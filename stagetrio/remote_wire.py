@@ -34,6 +34,7 @@ what is not known there is ignored.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
@@ -78,6 +79,9 @@ class WorkerLost(trio.BrokenResourceError):
     def __init__(self, reason: str, *, may_have_run: bool) -> None:
         super().__init__(reason)
         self.reason, self.may_have_run = reason, may_have_run
+
+    def __reduce__(self) -> Any:
+        return partial(type(self), may_have_run=self.may_have_run), (self.reason,), self.__dict__
 
 
 Id: TypeAlias = Annotated[int, Meta(ge=1, le=2**63 - 1)]

@@ -33,6 +33,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import ssl
 import stat
 import sys
 from collections.abc import MutableMapping
@@ -338,7 +339,7 @@ async def connect(address: str | Address) -> trio.SocketStream:
 
     Checkpoints: at least once; a cancellation leaves nothing open.
     """
-    parsed = parse_address(address) if isinstance(address, str) else address
+    parsed = address if isinstance(address, Address) else parse_address(address)
     if isinstance(parsed, FdAddress | UdpAddress):
         raise ValueError(f"address must be one to connect to, not {parsed}")
     if isinstance(parsed, UnixAddress):
@@ -346,6 +347,18 @@ async def connect(address: str | Address) -> trio.SocketStream:
     stream = await trio.open_tcp_stream(parsed.host or "localhost", parsed.port)
     set_connection_options(stream.socket)
     return stream
+
+
+async def connect_stream(address: str | Address, ssl_context: ssl.SSLContext | None) -> trio.abc.Stream:
+    """Do what `connect` does, and speak TLS where there is a context, as the client of the host in the address."""
+    if not isinstance(ssl_context, ssl.SSLContext | None):
+        raise TypeError(f"ssl_context must be an ssl.SSLContext or None, not {ssl_context!r}")
+    target = address if isinstance(address, Address) else parse_address(address)
+    stream = await connect(target)
+    if ssl_context is None:
+        return stream
+    host = target.host if isinstance(target, TcpAddress) else None
+    return trio.SSLStream(stream, ssl_context, server_hostname=host)
 
 
 def set_connection_options(

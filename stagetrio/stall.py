@@ -25,7 +25,7 @@ import math
 import sys
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from time import perf_counter
 from types import CodeType, FrameType
 from typing import Any
@@ -290,6 +290,8 @@ class StepTimes(trio.abc.Instrument):
     """
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
+        if not isinstance(bounds, Sequence) or not all(isinstance(bound, int | float) for bound in bounds):
+            raise TypeError(f"step_bounds must be a tuple of seconds, not {bounds!r}")
         if list(bounds) != sorted(set(bounds)) or not all(0 < bound < math.inf for bound in bounds):
             raise ValueError(f"step_bounds must be rising seconds above 0, not {bounds!r}")
         self._bounds = bounds

@@ -116,7 +116,8 @@ class TicketStage:
 
         Args:
             flow: Who asks; flows are served in turn, and each in its own order.
-            cost: How many tickets it takes, ≥ 1, all at once.
+            cost: How many tickets it takes, ≥ 1, all at once; no more than the stage has. What exceeds the total of a
+                limiter waits, and everybody behind it, until the limiter grows.
             key: Holders with the same key exclude each other, whatever is free; None excludes nobody.
             lease: Seconds, > 0, instead of the stage's ``lease``.
         """

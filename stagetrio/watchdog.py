@@ -29,9 +29,11 @@ from greenlet import getcurrent
 from trio.lowlevel import Task, current_task
 
 from stagetrio.alarm import SIGALRM, Alarm, StepClock, choose_alarm
+from stagetrio.amounts import check_above_zero, check_amount
+from stagetrio.flow import check_positive
 from stagetrio.lane import Lane, Loop
 from stagetrio.preempt import FINISHED, Stack, no_preempt
-from stagetrio.stall import Monitor, Stall, StallCause, StepTimes, Work, name_of
+from stagetrio.stall import Monitor, Stall, StallCause, StepTimes, Work, logger, name_of
 from stagetrio.stopping import module_names
 
 __all__ = [
@@ -143,29 +145,35 @@ class Watchdog:
         Raises:
             BudgetExceeded: It held the loop for longer than ``budget`` and was cancelled.
             trio.ClosedResourceError: The watchdog has been closed.
+            TypeError: ``fn`` is not an async function.
 
         Checkpoints: as ``fn`` does, and wherever they are forced. A cancellation reaches ``fn`` at either.
         Cost: where nothing is forced and the budget is unbounded, 1.3 µs for switching stacks, or 0.6 µs in a task that
             runs on a lane already (`open_lane`); where the budget is bounded, a cancel scope.
         """
-        if budget != inf:
-            return await self._run_within(budget, fn, args, flow)
-        here = getcurrent()
-        if type(here) is Stack:
-            return await self._run_from(here.owner, fn, args, flow)
-        turns, spare = self._turns, self._spare
-        if not spare or turns.used >= turns.quantum or turns.overdue:
-            return await self._run_on(self._take(), fn, args, flow)
-        coroutine = fn(*args)
-        lane = spare.pop()
-        trap = lane.run_through(fn, coroutine, flow, here)
-        result: T
-        if trap is FINISHED and lane.task is None:
-            spare.append(lane)
-            result = lane.stack.result()
-        else:
-            result = await self._go_on(lane, trap)
-        return result
+        try:
+            if budget != inf:
+                return await self._run_within(budget, fn, args, flow)
+            here = getcurrent()
+            if type(here) is Stack:
+                return await self._run_from(here.owner, fn, args, flow)
+            turns, spare = self._turns, self._spare
+            if not spare or turns.used >= turns.quantum or turns.overdue:
+                return await self._run_on(self._take(), fn, args, flow)
+            coroutine = fn(*args)
+            lane = spare.pop()
+            trap = lane.run_through(fn, coroutine, flow, here)
+            result: T
+            if trap is FINISHED and lane.task is None:
+                spare.append(lane)
+                result = lane.stack.result()
+            else:
+                result = await self._go_on(lane, trap)
+            return result
+        except TypeError:
+            if callable(fn):
+                raise
+            raise TypeError(f"fn must be an async function, not {fn!r}; its arguments come after it") from None
 
     async def _run_from(
         self, lane: Lane, fn: Callable[..., Awaitable[T]], args: tuple[object, ...], flow: Hashable
@@ -182,7 +190,7 @@ class Watchdog:
     async def _run_within(
         self, budget: float, fn: Callable[..., Awaitable[T]], args: tuple[object, ...], flow: Hashable
     ) -> T:
-        _check("budget", budget, budget > 0)
+        check_above_zero("budget", budget)
         lane = self._take()
         lane.budget = budget
         with trio.CancelScope() as lane.scope:
@@ -356,17 +364,22 @@ async def open_watchdog(
 
     Checkpoints: none.
     """
-    _check("quantum", quantum, quantum > 0 and quantum < inf)
-    _check("cleanup", cleanup, cleanup >= 0)
+    check_positive("quantum", quantum)
+    check_amount("cleanup", cleanup)
+    for name, function in (("on_stall", on_stall), ("weight", weight)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be callable or None, not {function!r}")
+    if not isinstance(clock, StepClock | None):
+        raise TypeError(f"clock must be a StepClock or None, not {clock!r}")
     alarm: Alarm = choose_alarm(signum) if clock is None else clock
+    if alarm.mechanism == "none":
+        logger.warning(
+            "nothing can force a checkpoint here, outside of the main thread or without a signal, before Python 3.12: "
+            "handlers that hold the loop are reported, and go on"
+        )
     loop = Loop(alarm, quantum, module_names(preemptible), weight, cleanup)
     watchdog = Watchdog(loop, on_stall, StepTimes(step_bounds) if step_bounds else None)
     with watchdog._opened(), watchdog._scope:
         yield watchdog
     if watchdog._failure is not None:
         raise watchdog._failure
-
-
-def _check(name: str, value: float, valid: bool) -> None:
-    if not valid:
-        raise ValueError(f"{name} is out of range: {value!r}")

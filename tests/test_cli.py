@@ -48,6 +48,7 @@ def test_help_names_every_option(arguments: list[str], words: list[str], capsys:
         (["demo", "--seconds", "nan"], "argument --seconds: must be above 0 and below 3600, not nan"),
         (["demo", "--seconds", "long"], "argument --seconds: 'long' is not a number of seconds"),
         (["demo", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["run", "x.py", "--port", "80"], "stagetrio run: error: unrecognized arguments: --port 80"),
     ],
 )
 def test_wrong_usage_is_status_2(arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:

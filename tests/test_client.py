@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import ssl
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from served import CODEC, FRAMING, Say, serving
 
 from stagetrio.client import RequestFailed, open_client
 from stagetrio.codec import Done
 from stagetrio.limiter import Overloaded
 from stagetrio.peer import Peer
+from stagetrio.server import serve_stage
+from stagetrio.sockets import open_listeners
+from stagetrio.tls import secure
+
+CERTIFICATE = Path(__file__).parent / "localhost.pem"
 
 
 @pytest.fixture(params=["tcp", "stream"])
@@ -61,3 +70,49 @@ async def test_a_client_asks_sends_and_listens(kind: str) -> None:
             assert client.close_reason == "go away"
             with pytest.raises(trio.BrokenResourceError, match="go away"):
                 await client.send(Say("too late"))
+
+
+async def test_a_client_speaks_tls() -> None:
+    """With a context, to an address, and as the host of the address; a server it does not trust is none."""
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(CERTIFICATE)
+    trusting = ssl.create_default_context(cafile=str(CERTIFICATE))
+
+    async def handler(peer: Peer[Any], message: Any) -> Any:
+        return Say(message.text.upper())
+
+    async with trio.open_nursery() as nursery:
+        (listener,) = await open_listeners("tcp://127.0.0.1:0")
+        await nursery.start(partial(serve_stage, handler, [secure(listener, server)], framing=FRAMING, codec=CODEC))
+        where = f"tcp://localhost:{listener.socket.getsockname()[1]}"
+        async with open_client(where, CODEC, framing=FRAMING, ssl_context=trusting) as client:
+            assert await client.ask(Say("hello")) == Say("HELLO")
+        async with open_client(where, CODEC, framing=FRAMING, ssl_context=ssl.create_default_context()) as client:
+            with pytest.raises(trio.BrokenResourceError):
+                await client.ask(Say("hello"))
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("address", "codec", "arguments", "error", "says"),
+    [
+        (3, CODEC, {}, TypeError, "address must be a str, not 3"),
+        ("tcp://127.0.0.1:1", 3, {}, TypeError, "codec must be a Codec, not 3"),
+        ("tcp://127.0.0.1:1", CODEC, {"max_pushed": -1}, ValueError, "max_pushed must be >= 0, not -1"),
+        ("tcp://127.0.0.1:1", CODEC, {"ssl_context": 3}, TypeError, r"ssl_context must be .*, not 3"),
+        (
+            trio.testing.memory_stream_pair()[0],
+            CODEC,
+            {"ssl_context": ssl.create_default_context()},
+            ValueError,
+            r"ssl_context must be None for a stream, such as .*: wrap it",
+        ),
+    ],
+)
+async def test_wrong_arguments_are_named(
+    address: Any, codec: Any, arguments: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    """Each is refused with its name and value, before anything is opened."""
+    with pytest.raises(error, match=says):
+        async with open_client(address, codec, **arguments):
+            raise AssertionError("unreachable")

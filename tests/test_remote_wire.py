@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -347,3 +348,18 @@ async def test_a_worker_that_never_answers_the_hello_is_lost(autojump_clock: tri
     with pytest.raises(WorkerLost, match="no answer within 10 s"):
         async with open_remote_stream(theirs):
             raise AssertionError("it was let in")
+
+
+@pytest.mark.parametrize("may_have_run", [True, False])
+def test_a_loss_can_be_sent_on(may_have_run: bool) -> None:
+    """Pickled, as what a job in a process raises is, it says the same."""
+    lost = WorkerLost("it is gone", may_have_run=may_have_run)
+    lost.add_note("noted")
+    copy = pickle.loads(pickle.dumps(lost))
+    assert isinstance(copy, WorkerLost)
+    assert (str(copy), copy.reason, copy.may_have_run, copy.__notes__) == (
+        "it is gone",
+        "it is gone",
+        may_have_run,
+        ["noted"],
+    )

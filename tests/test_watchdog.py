@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextvars
 import math
 import signal
-from collections.abc import AsyncIterator, Callable
+import types
+from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any
 
 import pytest
@@ -337,3 +338,55 @@ async def test_closing_gives_the_signal_back() -> None:
             await watchdog.run(hold_for_ever, budget=0.005)
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.parametrize("budget", [math.inf, 1.0])
+async def test_what_is_no_async_function_is_refused(watchdog: Watchdog, budget: float) -> None:
+    """By name, and the next handler runs as ever; what raises a `TypeError` of its own raises that."""
+
+    async def add(one: int, two: int) -> int:
+        return one + two
+
+    @types.coroutine
+    def old() -> Generator[Any, Any, int]:
+        yield from trio.lowlevel.checkpoint().__await__()  # noqa: ASYNC105 - awaited in the old way
+        raise TypeError("its own")
+
+    called: Any = add(1, 2)
+    not_async: Any = lambda: 7  # noqa: E731 - it has no name, and shall have none
+    with pytest.raises(TypeError, match=r"fn must be an async function, not <coroutine object .*add at"):
+        await watchdog.run(called, budget=budget)
+    with pytest.raises(TypeError, match="fn must be an async function, not one that returns 7"):
+        await watchdog.run(not_async, budget=budget)
+    with pytest.raises(TypeError, match="missing 2 required positional arguments"):
+        await watchdog.run(add, budget=budget)
+    with pytest.raises(TypeError, match="its own"):
+        await watchdog.run(old, budget=budget)
+    with pytest.raises((TypeError, ValueError), match=r"budget must be .* not 'a'"):
+        await watchdog.run(add, 1, 2, budget="a")  # type: ignore[arg-type]
+    assert await watchdog.run(add, 1, 2, budget=budget) == 3
+    called.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"quantum": "a"}, TypeError, "quantum must be a number, not 'a'"),
+        ({"quantum": math.inf}, ValueError, "quantum must be finite and above 0, not inf"),
+        ({"cleanup": "a"}, TypeError, "cleanup must be a number, not 'a'"),
+        ({"cleanup": -1}, ValueError, "cleanup must be >= 0, not -1"),
+        ({"on_stall": 3}, TypeError, "on_stall must be callable or None, not 3"),
+        ({"weight": 3}, TypeError, "weight must be callable or None, not 3"),
+        ({"clock": 3}, TypeError, "clock must be a StepClock or None, not 3"),
+        ({"step_bounds": 3}, TypeError, "step_bounds must be a tuple of seconds, not 3"),
+        ({"step_bounds": "a"}, TypeError, "step_bounds must be a tuple of seconds, not 'a'"),
+        ({"step_bounds": (2, 1)}, ValueError, r"step_bounds must be rising seconds above 0, not \(2, 1\)"),
+    ],
+)
+async def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Exception], says: str) -> None:
+    """Each is refused with its name and value, and leaves nothing open."""
+    with pytest.raises(error, match=says):
+        async with open_watchdog(**arguments):
+            raise AssertionError("unreachable")
+    async with open_watchdog():
+        pass

@@ -174,6 +174,25 @@ def test_outside_of_the_main_thread_events_interrupt() -> None:
     assert tools() == before
 
 
+async def test_where_nothing_interrupts_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """In the log, when the watchdog is opened; and nothing of the kind where something does."""
+    async with open_watchdog():
+        pass
+    assert not caplog.records
+    taken = [3, 4] if EVENTS else []
+    for tool in taken:
+        monitoring.use_tool_id(tool, "somebody else")
+    try:
+        async with open_watchdog(signum=0) as watchdog:
+            for _ in range(3):
+                await watchdog.run(trio.lowlevel.checkpoint)
+    finally:
+        for tool in taken:
+            monitoring.free_tool_id(tool)
+    assert [record.name for record in caplog.records] == ["stagetrio.watchdog"]
+    assert "nothing can force a checkpoint here" in caplog.text
+
+
 async def test_without_a_signal_events_interrupt() -> None:
     """``signum=0`` is how a program asks for no signal; it is what Windows has."""
     async with open_watchdog(quantum=0.002, signum=0) as watchdog:
