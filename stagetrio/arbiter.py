@@ -9,10 +9,13 @@ looks at the state as it is. So two causes at once are one replacement, and none
 A worker that ends unasked is replaced at once, if it has been ready for `STABLE_SECONDS` (no longer: workers that are
 killed from outside again and again must come back as fast). One that ends sooner makes its slot wait, from the second
 in a row on, twice as long each time, up to `MAX_BACKOFF` seconds, give or take a quarter, so that slots which fail for
-one reason do not retry together. A slot that waits for long does not listen, unless nobody else serves: connections
-would go on to be given to it, and wait as well. The very first worker is started alone, and the others when it is
+one reason do not retry together. The very first worker is started alone, and the others when it is
 ready: if it exits by itself before that, what it was to serve is broken, which is said once, and ends the arbiter's
 task: `CannotStart`.
+
+New connections go to the slots whose worker is ready (`Arbiter._steer`), from the moment at which a worker's end of the
+channel is found closed, which is before its process is gone. A slot that is given up is passed over for
+`SETTLE_SECONDS` before its worker is told to drain, and meanwhile that one accepts what it has been given.
 
 A reload replaces the workers slot by slot. When a successor does not become ready, the reload stops there, and those
 not yet replaced stay: a broken version does not take the place of a working one.
@@ -38,7 +41,7 @@ logger = logging.getLogger("stagetrio.prefork")
 STABLE_SECONDS = 1.0
 MAX_BACKOFF = 30.0
 FIRST_BACKOFF = 0.25
-MAX_UNSERVED = 0.5  # seconds for which connections wait in the queue of a slot without a worker
+SETTLE_SECONDS = 0.5  # for connections on their way to a slot that gets no more
 CHECK_SECONDS = 5.0  # between two looks at the workers' age and memory
 
 
@@ -115,7 +118,7 @@ class _Slot:
     @property
     def served(self) -> bool:
         """Whether there is a worker in it that is ready."""
-        return self.current is not None and self.current.ready and not self.current.gone.is_set()
+        return self.current is not None and self.current.ready and not self.current.lost
 
 
 class Arbiter:
@@ -186,6 +189,7 @@ class Arbiter:
             _, slot = self._slots.popitem()
             slot.retired = True
             slot.wakeup.wake()
+        self._steer()
 
     async def reload(self) -> bool:
         """Replace all workers, one after the other, each by a successor that is ready before it drains.
@@ -268,15 +272,20 @@ class Arbiter:
                 await slot.wakeup.wait()
         slot.settled.set()
         if slot.current is not None:
+            if self._slots:  # others serve
+                await trio.sleep(SETTLE_SECONDS)
             await slot.current.drain()
         if slot.number not in self._slots:  # nor has another one its sockets
             self._sockets.close_slot(slot.number)
 
     async def _begin(self, slot: _Slot) -> WorkerProcess | None:
         """Start a worker and wait until it is ready; None: it was not to be, and the slot has waited."""
-        worker = WorkerProcess(
-            slot.number, self._config, self._sockets.of_slot(slot.number), self._timing, slot.wakeup.wake
-        )
+
+        def heed() -> None:
+            self._steer()
+            slot.wakeup.wake()
+
+        worker = WorkerProcess(slot.number, self._config, self._sockets.of_slot(slot.number), self._timing, heed)
         self._started += 1
         self._processes[worker] = self._random.uniform(1 - self._jitter, 1 + self._jitter)
         self._nursery.start_soon(self._accompany, worker)
@@ -308,6 +317,7 @@ class Arbiter:
         successor = await self._begin(slot)
         if successor is not None:
             slot.current = successor
+            self._steer()
             if worker is not None:
                 self._nursery.start_soon(worker.drain)
         if asked:
@@ -336,8 +346,6 @@ class Arbiter:
         logger.warning(
             "worker %d has failed %d times in a row: next try in %.2g s", slot.number, slot.failures, seconds
         )
-        if seconds >= MAX_UNSERVED and slot.current is None and self._others_ready(slot):
-            self._sockets.close_slot(slot.number)  # opened again for the next try
         slot.backing_off = True
         until = trio.current_time() + seconds
         while not slot.retired and trio.current_time() < until:
@@ -345,8 +353,10 @@ class Arbiter:
                 await slot.wakeup.wait()
         slot.backing_off = False
 
-    def _others_ready(self, slot: _Slot) -> bool:
-        return any(other.served for other in self._slots.values() if other is not slot)
+    def _steer(self) -> None:
+        """Have new connections go where somebody takes them; to all slots while that is nowhere."""
+        served = [number for number, slot in self._slots.items() if slot.served]
+        self._sockets.steer(served or self._slots)
 
     def _tell_change(self) -> None:
         self._changed.set()

@@ -26,8 +26,16 @@ SIGHUP           rolling reload: every worker is replaced by one that is ready b
 SIGTTIN, SIGTTOU one worker more, one less
 ================ =====================================================================================================
 
-Needs POSIX. On Linux each worker of a TCP address has a listening socket of its own and connections are spread evenly;
-elsewhere, and on Unix sockets, workers share one.
+When a worker dies or hangs, its connections end with it. What its clients open next goes to the workers that are ready,
+at once, and to its replacement when that is ready. Only what was in its queue when it died waits for the replacement,
+for as long as one takes to start, and so does everything while no worker is ready. None of these is refused or reset.
+A slot that is closed, by SIGTTOU or `Arbiter.scale`, gets no more connections, and its worker accepts what it got
+before it drains.
+
+Needs POSIX. On Linux each worker of a TCP address has a listening socket of its own, and connections are spread evenly
+over those that are ready. (Where the kernel does not allow the program that does this, as in some sandboxes, they are
+spread over all slots, and those of a slot without a worker wait for its next one.) Elsewhere, and on Unix sockets,
+workers share one.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Listening sockets for several worker processes, kept open by the arbiter.
 
-On Linux, every worker of a TCP address has a listening socket of its own (``SO_REUSEPORT``): the kernel spreads new
-connections evenly, by a hash of their addresses, whatever the workers do. Where one socket is shared, whoever wakes
-first takes all that wait, and one worker ends up with most of the connections. The arbiter opens these sockets, hands
-them to the worker in their slot, and keeps them open while that worker dies or is replaced: connections that come
-meanwhile wait in the socket's queue for the next one. (A socket that belongs to the worker alone takes its queue with
-it, and resets those in it.) Closing a slot for good resets what waits there, unless ``net.ipv4.tcp_migrate_req`` is on.
+On Linux, every worker of a TCP address has a listening socket of its own (``SO_REUSEPORT``), and the kernel spreads new
+connections evenly, whatever the workers do. Where one socket is shared, whoever wakes first takes all that wait, and
+one worker ends up with most of the connections. The arbiter opens these sockets, hands them to the worker in their
+slot, and keeps them open while that worker dies or is replaced. (A socket that belongs to the worker alone takes its
+queue with it, and resets those in it.) New connections go only to slots whose worker is ready (``steering.py``), from
+the moment at which the arbiter hears that another one's has gone. What was in that one's queue by then waits there for
+its next worker; it is neither refused nor reset. While no worker is ready at all, every slot gets its share, and these
+wait as well. Closing a slot for good resets what waits there, unless ``net.ipv4.tcp_migrate_req`` is on.
 
 Unix sockets, and TCP elsewhere, are one socket that all workers share.
 """
@@ -14,12 +16,13 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import trio
 
 from stagetrio.addresses import Address, TcpAddress, address_of, parse_listening_address
 from stagetrio.sockets import BACKLOG, SocketListener, open_listeners
+from stagetrio.steering import Group
 
 PER_WORKER = sys.platform == "linux"
 
@@ -34,8 +37,7 @@ class WorkerSockets:
 
     def __init__(self, shared: Sequence[SocketListener], names: Sequence[tuple[int, tuple[object, ...]]]) -> None:
         self._shared = list(shared)
-        self._names = list(names)
-        self._slots: dict[int, list[socket.socket]] = {}
+        self._groups = [(family, name, Group[int]()) for family, name in names]  # keyed by slot
 
     def of_slot(self, slot: int) -> list[int]:
         """The descriptors of a slot's sockets, opened if they are not open yet.
@@ -43,37 +45,40 @@ class WorkerSockets:
         Raises:
             OSError: An address cannot be had any more.
         """
-        if slot not in self._slots:
-            opened: list[socket.socket] = []
-            try:
-                for family, name in self._names:
-                    opened.append(_listen(family, name))
-            except BaseException:
-                for sock in opened:
-                    sock.close()
-                raise
-            self._slots[slot] = opened
+        try:
+            for family, name, group in self._groups:
+                if slot not in group:
+                    group.add(slot, _listen(family, name))
+        except BaseException:
+            self.close_slot(slot)
+            raise
         shared = [listener.socket.fileno() for listener in self._shared]
-        return [*shared, *(sock.fileno() for sock in self._slots[slot])]
+        return [*shared, *(group[slot].fileno() for _, _, group in self._groups)]
 
     @property
     def addresses(self) -> list[Address]:
         """Where the workers listen."""
         shared = [address_of(listener.socket) for listener in self._shared]
-        return [*shared, *(TcpAddress(str(name[0]), int(str(name[1]))) for _, name in self._names)]
+        return [*shared, *(TcpAddress(str(name[0]), int(str(name[1]))) for _, name, _ in self._groups)]
+
+    def steer(self, slots: Collection[int]) -> None:
+        """Have new connections go to these slots only, in equal shares; to none: no change."""
+        for _, _, group in self._groups:
+            group.steer(slots)
 
     def close_slot(self, slot: int) -> None:
         """Close the sockets of a slot that will have no worker any more."""
-        for sock in self._slots.pop(slot, ()):
-            sock.close()
+        for _, _, group in self._groups:
+            if slot in group:
+                group.close(slot)
 
     async def aclose(self) -> None:
         """Close all of them.
 
         Checkpoints: always; cancelled, they are closed all the same.
         """
-        for slot in tuple(self._slots):
-            self.close_slot(slot)
+        for _, _, group in self._groups:
+            group.close_all()
         with trio.CancelScope(shield=True):
             for listener in self._shared:
                 await listener.aclose()

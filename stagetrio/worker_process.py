@@ -64,7 +64,7 @@ class WorkerProcess:
         config: what it is told: target, arguments, and the like.
         sockets: descriptors it inherits.
         timing: see `Timing`.
-        on_change: called when it has become ready, asks for a replacement, or is gone.
+        on_change: called when it has become ready, asks for a replacement, is lost, or is gone.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class WorkerProcess:
         self.wants_replacement = False
         self.draining = False
         self.hung = False
+        self.lost = False  # it is gone, or will be in a moment: its end of the channel is closed
         self.gone = trio.Event()
         self.status: int | None = None  # as of subprocess: negative for a signal
         self.born = trio.current_time()
@@ -133,6 +134,7 @@ class WorkerProcess:
             logger.error("%s cannot be started: %s", self, error)
         finally:
             ours.close()
+            self.lost = True
             self.gone.set()
             self._on_change()
 
@@ -162,6 +164,8 @@ class WorkerProcess:
                 await self._abort(process)
                 return
             if not said:
+                self.lost = True
+                self._on_change()
                 await trio.sleep(FAREWELL_SECONDS)
                 process.kill()
                 return
@@ -177,7 +181,8 @@ class WorkerProcess:
             self._on_change()
 
     async def _abort(self, process: trio.Process) -> None:
-        self.hung = True
+        self.hung = self.lost = True
+        self._on_change()
         what = f"has not been heard of for {self._timing.hang_after:g} s"
         if not self.ready:
             what = f"was not ready within {self._timing.start_within:g} s"

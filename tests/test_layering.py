@@ -50,6 +50,7 @@ FLOORS: dict[str, int | str] = {
     "calls": 0,
     "run_slots": 0,
     "prefork_worker": 0,
+    "steering": 0,
     "service": 0,
     "addresses": 0,
     "rules": 1,

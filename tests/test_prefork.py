@@ -17,6 +17,7 @@ import attrs
 import prefork_targets
 import pytest
 import trio
+import trio.testing
 
 from stagetrio.arbiter import Arbiter, CannotStart
 from stagetrio.prefork import open_arbiter
@@ -276,18 +277,58 @@ async def test_a_crash_loop_is_slowed_down(caplog: pytest.LogCaptureFixture) -> 
     assert [record.levelno for record in waits] == [logging.WARNING] * len(waits)
 
 
-async def test_a_slot_that_backs_off_for_long_does_not_listen() -> None:
-    """Or its share of the connections would wait there, while others could serve them."""
-    async with arbiter_of("dies_in_slot_1", 2) as arbiter:
-        (address,) = arbiter.addresses
-        assert isinstance(address, TcpAddress)
-        where = f"0100007F:{address.port:04X} 00000000:0000 0A"  # as /proc says it: listening on 127.0.0.1
+@pytest.mark.parametrize("next_version", ["slow", "broken"])
+async def test_new_connections_pass_over_a_slot_without_a_ready_worker(tmp_path: Path, next_version: str) -> None:
+    """Its next worker is still starting, or fails again and again: the others serve its share."""
+    version = tmp_path / "version"
+    version.write_text("1")
+    async with arbiter_of("versioned", 2, str(version)) as arbiter:
+        await arbiter.wait_ready()
+        before = serving(arbiter)
+        version.write_text(next_version)
+        os.kill(before[0], signal.SIGKILL)
+        await until(lambda: serving(arbiter).keys() == {1} and arbiter.statistics().crashed >= 1)
+        assert {await ask(arbiter) for _ in range(30)} == {before[1]}
 
-        def listening() -> int:
-            return Path("/proc/net/tcp").read_text().count(where)
 
-        await until(lambda: arbiter.statistics().backing_off == 1 and listening() == 1)
-        await until(lambda: listening() == 2)  # for the next try
+async def test_a_slot_that_is_given_up_loses_no_connection() -> None:
+    """Scaled down under a storm of connections: each is answered, none refused or reset."""
+    async with arbiter_of("pids", 3) as arbiter:
+        await arbiter.wait_ready()
+        answers = 0
+        async with trio.open_nursery() as nursery:
+
+            async def ask_again_and_again() -> None:
+                nonlocal answers
+                while True:
+                    await ask(arbiter)
+                    answers += 1
+
+            for _ in range(10):
+                nursery.start_soon(ask_again_and_again)
+            await until(lambda: answers > 100)
+            arbiter.scale(1)
+            await until(lambda: len(arbiter.statistics().workers) == 1)
+            so_far = answers
+            await until(lambda: answers > so_far + 100)
+            nursery.cancel_scope.cancel()
+        assert arbiter.statistics().crashed == 0
+
+
+async def test_a_worker_accepts_what_it_has_been_given_before_it_drains() -> None:
+    """It was stopped while connections came, goes on, and is to go at once: those are answered all the same."""
+    async with arbiter_of("pids", 2) as arbiter, contextlib.AsyncExitStack() as stack:
+        await arbiter.wait_ready()
+        os.kill(serving(arbiter)[1], signal.SIGSTOP)
+        streams = [await stack.enter_async_context(await connect(arbiter.addresses[0])) for _ in range(300)]
+        for stream in streams:
+            await stream.send_all(b"?")
+        stopped = serving(arbiter)[1]
+        arbiter.scale(1)
+        await trio.testing.wait_all_tasks_blocked()
+        os.kill(stopped, signal.SIGCONT)
+        answers = [await stream.receive_some() for stream in streams]
+    assert {answer.split()[1] for answer in answers} == {b"0", b"1"}
 
 
 async def test_a_worker_that_ignores_the_drain_is_killed_after_the_grace() -> None:
