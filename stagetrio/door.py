@@ -104,8 +104,13 @@ class Door:
         if refused is not None:
             self._turn_away(transport, address, CloseReason.REFUSED, refused)
             return
+        try:
+            peer = self._take_in(transport, address)
+        except BaseException:  # the owner's flow or weight failed: the server ends
+            self.admission.leave(address)  # which other servers may share
+            raise
         self._inside += 1
-        self._let_in(self._take_in(transport, address))
+        self._let_in(peer)
 
     def _turn_away(
         self, transport: Transport, address: Address | None, reason: CloseReason, refused: TurnedAway

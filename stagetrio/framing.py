@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from struct import Struct
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import attrs
 
@@ -56,6 +56,7 @@ class FrameDecoder(Protocol):
         """
 
 
+@runtime_checkable
 class Framing(Protocol):
     """How frames lie on the wire."""
 

@@ -169,10 +169,14 @@ class Peer(Generic[M]):
 
     @flow.setter
     def flow(self, flow: Hashable) -> None:
-        self._flow = flow
-        self.has_own_flow = False
+        try:
+            hash(flow)
+        except TypeError:
+            raise TypeError(f"flow must be hashable, not {flow!r}") from None
         if not self.closed:
             self._host.move(self, flow)
+        self._flow = flow
+        self.has_own_flow = False
 
     def statistics(self) -> PeerStatistics:
         """Return a snapshot of the counts."""

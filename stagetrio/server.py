@@ -12,6 +12,7 @@ room, and its kernel tells its TCP. With ``refuse`` the message is answered by a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
 from functools import partial
 from itertools import islice
@@ -24,6 +25,7 @@ import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
 
 from stagetrio.admission import Admission, AdmissionStatistics
+from stagetrio.amounts import check_amount, check_count
 from stagetrio.codec import Codec
 from stagetrio.door import Door
 from stagetrio.exchange import Exchange, Handler, Item
@@ -122,6 +124,25 @@ class StageServer(Generic[M]):
         on_disconnect: Hook[M] | None,
         ping: Callable[[Peer[M]], M] | None,
     ) -> None:
+        _check_kinds(
+            framing=(framing, Framing),
+            codec=(codec, Codec | None),
+            limits=(limits, PeerLimits),
+            admission=(admission, Admission | None),
+            proxies=(proxies, Proxies | None),
+            input_rates=(input_rates, InputRates | None),
+            watchdog=(watchdog, Watchdog | None),
+        )
+        _check_async_functions(
+            handler=handler if handler_of is None else None, on_connect=on_connect, on_disconnect=on_disconnect
+        )
+        _check_sync_functions(flow=flow, weight=weight, cost=cost, handler_of=handler_of, ping=ping)
+        _check_sync_functions(on_error=on_error, on_refused=on_refused)
+        check_amount("max_connections", max_connections, 1)
+        check_count("workers", workers, 1)
+        check_count("max_running", max_running, 1)
+        if check_amount("tick", tick) == inf:
+            raise ValueError(f"tick must be finite, not {tick!r}")
         if limits.ping_after != inf and ping is None:
             raise ValueError(f"ping must say what is sent where limits.ping_after is {limits.ping_after!r}, not None")
         self.limits = limits
@@ -290,11 +311,15 @@ class StageServer(Generic[M]):
 
     def _take_in(self, transport: Transport, address: Address | None) -> Peer[M]:
         peer: Peer[M] = Peer(self, transport, address, self._framing.decoder())
+        try:
+            if self._flow is None:
+                self.move(peer, peer.flow)
+            else:
+                peer.flow = self._flow(peer)
+        except BaseException:  # the owner's flow or weight failed: the server ends
+            transport.close()
+            raise
         self._peers[peer] = None
-        if self._flow is None:
-            self.move(peer, peer.flow)
-        else:
-            peer.flow = self._flow(peer)
         return peer
 
     def _let_in(self, peer: Peer[M]) -> None:
@@ -427,9 +452,10 @@ class StageServer(Generic[M]):
         return self._exchange.farewell(words, retry_after)
 
     def move(self, peer: Peer[Any], flow: Hashable) -> None:
+        channel = self._queue.open_flow(flow)
         if peer.channel is not None:
             peer.channel.close()
-        peer.channel = self._queue.open_flow(flow)
+        peer.channel = channel
 
     def spawn(self, peer: Peer[Any], fn: Callable[..., Awaitable[object]], args: tuple[Any, ...]) -> None:
         self._pool.spawn_nowait(fn, *args, key=peer)
@@ -454,6 +480,32 @@ class StageServer(Generic[M]):
             self._pool.spawn_nowait(self._on_disconnect, peer)
         if self._draining and not self._peers:
             self._emptied.set()
+
+
+def _check_kinds(**arguments: tuple[object, Any]) -> None:
+    for name, (value, kind) in arguments.items():
+        if isinstance(value, type) or not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {getattr(kind, '__name__', kind)}, not {value!r}")
+
+
+def _check_async_functions(**functions: object) -> None:
+    for name, function in functions.items():
+        if function is not None and not _is_async(function):
+            raise TypeError(f"{name} must be an async function, not {function!r}")
+
+
+def _check_sync_functions(**functions: object) -> None:
+    for name, function in functions.items():
+        if function is not None and (not callable(function) or _is_async(function)):
+            raise TypeError(f"{name} must be a sync function, not {function!r}")
+
+
+def _is_async(function: object) -> bool:
+    # Also an object whose call is, and what functools.wraps says to stand for an async function.
+    if not callable(function):
+        return False
+    called = inspect.unwrap(function)
+    return inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(type(called).__call__)
 
 
 def _peer_of(item: Item) -> Peer[Any]:
@@ -576,4 +628,9 @@ async def serve_stage(
         on_disconnect=on_disconnect,
         ping=ping,
     )
+    are_listeners = isinstance(listeners, Sequence) and all(isinstance(one, trio.abc.Listener) for one in listeners)
+    if not are_listeners:
+        raise TypeError(f"listeners must be a sequence of listeners, as of open_listeners, not {listeners!r}")
+    if not listeners:
+        raise ValueError(f"listeners must be one at least, not {listeners!r}")
     await server.run(listeners, task_status.started)
