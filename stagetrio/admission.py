@@ -24,6 +24,7 @@ Source: for the spread, the golden-ratio (Kronecker) sequence, https://en.wikipe
 from __future__ import annotations
 
 import enum
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable
 from math import inf
@@ -123,6 +124,10 @@ class Admission:
             raise TypeError(f"rate_per_host must be a FlowRateLimiter, not {rate_per_host!r}")
         if pace is not None and not isinstance(pace, RateLimiter):
             raise TypeError(f"pace must be a RateLimiter, not {pace!r}")
+        if isinstance(exempt, str):
+            raise TypeError(f"exempt must be a sequence of networks, not the str {exempt!r}")
+        if turn_away is not None and (not callable(turn_away) or inspect.iscoroutinefunction(turn_away)):
+            raise TypeError(f"turn_away must be a sync function of an address, not {turn_away!r}")
         self.pace = pace
         self._max_per_host = max_per_host
         self._rate_per_host = rate_per_host

@@ -102,7 +102,7 @@ class LengthPrefixed:
             ValueError: The payload is longer than ``max_bytes``.
         """
         if len(payload) > self.max_bytes:
-            raise ValueError(f"payload of {len(payload)} bytes exceeds max_bytes={self.max_bytes}")
+            raise ValueError(f"payload of {len(payload)} bytes exceeds the limit of {self.max_bytes} bytes")
         return _pack(len(payload)) + payload
 
     def decoder(self) -> LengthPrefixedDecoder:
@@ -189,7 +189,7 @@ class Lines:
                 (which the other side would drop).
         """
         if len(payload) > self.max_bytes:
-            raise ValueError(f"payload of {len(payload)} bytes exceeds max_bytes={self.max_bytes}")
+            raise ValueError(f"payload of {len(payload)} bytes exceeds the limit of {self.max_bytes} bytes")
         if b"\n" in payload or payload.endswith(b"\r"):
             raise ValueError(f"payload must be one line without its ending, not {payload[:40]!r}")
         return payload + b"\n"

@@ -32,6 +32,7 @@ import trio
 from stagetrio.backstage import open_backstage
 from stagetrio.calls import MAX_PROGRESS, Wakeup
 from stagetrio.fair_queue import FairQueue
+from stagetrio.intake import check_bound
 from stagetrio.jobs import Again
 from stagetrio.process_dispatch import Limits, ProcessCall, ProcessDispatch, ProcessPoolStatistics
 from stagetrio.process_link import unread, unwrap_error
@@ -304,7 +305,9 @@ async def open_process_pool(
         if not value > 0:
             raise ValueError(f"{name} must be above 0, not {value!r}")
     queue: FairQueue[Hashable, ProcessCall] = FairQueue(
-        max_waiting, max_items_per_flow=max_waiting_per_flow, weight=weight
+        check_bound("max_waiting", max_waiting),
+        max_items_per_flow=check_bound("max_waiting_per_flow", max_waiting_per_flow),
+        weight=weight,
     )
     setup = {"main": preparation(), "preload": list(preload), "max_memory_bytes": max_memory_bytes}
     limits = Limits(max_processes, warm, max_calls, max_age, max_idle, start_within)

@@ -27,6 +27,7 @@ import trio
 from stagetrio.backstage import open_backstage
 from stagetrio.calls import Wakeup
 from stagetrio.fair_queue import FairQueue
+from stagetrio.intake import check_bound
 from stagetrio.jobs import Again
 from stagetrio.progress import Progress
 from stagetrio.thread_dispatch import Dispatch, ThreadPoolStatistics
@@ -226,7 +227,9 @@ async def open_thread_pool(
     if not grace >= 0:
         raise ValueError(f"grace must be a number of seconds, 0 or more, not {grace!r}")
     queue: FairQueue[Hashable, ThreadJob] = FairQueue(
-        max_waiting, max_items_per_flow=max_waiting_per_flow, weight=weight
+        check_bound("max_waiting", max_waiting),
+        max_items_per_flow=check_bound("max_waiting_per_flow", max_waiting_per_flow),
+        weight=weight,
     )
     dispatch = Dispatch(max_threads, max_lost, max_running, queue, lease, grace)
     async with open_backstage() as dispatch.crew.nursery:

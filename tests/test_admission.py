@@ -143,8 +143,10 @@ def test_networks_are_looked_up_by_prefix() -> None:
         ({"spread": -1}, ValueError, "spread must be a number of seconds, 0 or more, not -1"),
         ({"spread": inf}, ValueError, "spread must be a number"),
         ({"exempt": ["10.0.0.1/8"]}, ValueError, "has host bits set"),
-        ({"exempt": "10.0.0.0/8"}, TypeError, "networks must be a sequence of networks, not the str '10.0.0.0/8'"),
+        ({"exempt": "10.0.0.0/8"}, TypeError, "exempt must be a sequence of networks, not the str '10.0.0.0/8'"),
         ({"rate_per_host": Rate(1)}, TypeError, "rate_per_host must be a FlowRateLimiter"),
+        ({"turn_away": 3}, TypeError, "turn_away must be a sync function of an address, not 3"),
+        ({"turn_away": trio.sleep}, TypeError, "turn_away must be a sync function of an address, not <function sleep"),
         ({"pace": Rate(1)}, TypeError, "pace must be a RateLimiter"),
     ],
 )

@@ -95,7 +95,7 @@ def test_the_end_inside_a_frame_is_a_mistake(framing: Framing, wire: bytes) -> N
 def test_our_own_frame_that_is_too_long_is_our_error(framing: Framing) -> None:
     """Encoding checks the same bound, before anything is sent."""
     assert framing.encode(b"x" * 50)
-    with pytest.raises(ValueError, match="payload of 51 bytes exceeds max_bytes=50"):
+    with pytest.raises(ValueError, match="payload of 51 bytes exceeds the limit of 50 bytes"):
         framing.encode(b"x" * 51)
 
 

@@ -525,6 +525,8 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     [
         ({"max_processes": 0}, ValueError, "max_processes must be 1 or more, not 0"),
         ({"max_processes": 1.5}, TypeError, "max_processes must be an int, not 1.5"),
+        ({"max_waiting": 0}, ValueError, "max_waiting must be at least 1, not 0"),
+        ({"max_waiting_per_flow": 1.5}, TypeError, "max_waiting_per_flow must be an int or math.inf, not 1.5"),
         ({"warm": 2}, ValueError, "warm must be between 0 and max_processes, not 2"),
         ({"max_calls": 0}, ValueError, "max_calls must be 1 or more, not 0"),
         ({"max_age": 0}, ValueError, "max_age must be above 0, not 0"),
