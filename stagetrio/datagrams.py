@@ -152,6 +152,7 @@ class DatagramServer(Generic[M]):
             overlap=max_running,
             on_error=self._exchange.failed_with,
             max_handling=max_handling,
+            on_result=self._exchange.served,
             watchdog=watchdog,
             budget=budget,
             cost=None if cost is None else lambda item: cost(item[1]),

@@ -38,6 +38,13 @@ Handler = Callable[[Peer[M], M], Coroutine[Any, Any, M | None]]
 Item = tuple[Peer[Any], bytes]  # a peer and the payload of one of its frames
 
 
+_GONE = object()  # stands for the reply to a message whose connection had ended before
+
+
+async def _gone() -> object:
+    return _GONE
+
+
 class Exchange(Generic[M]):
     """Turns payloads into calls of a handler, and what comes of them into frames.
 
@@ -65,18 +72,29 @@ class Exchange(Generic[M]):
         self.discarded = self.refused = self.failed = self.undeliverable = 0
 
     @property
-    def serve(self) -> Callable[[Item], Coroutine[Any, Any, None]]:
-        """The async function that serves one item."""
-        return self._serve_payload if self._codec is None else self._serve_message
+    def serve(self) -> Callable[[Item], Coroutine[Any, Any, Any]]:
+        """The async function that serves one item; what it returns is for `served`."""
+        return self._call if self._codec is None else self._serve_message
 
-    async def _serve_payload(self, item: Item) -> None:
+    @property
+    def served(self) -> Callable[[Item, Any], object] | None:
+        """What is to be done with an item and what `serve` returned for it."""
+        return self._reply if self._codec is None else None
+
+    # Without a codec the handler's own coroutine is what serves, with no other around it.
+
+    def _call(self, item: Item) -> Coroutine[Any, Any, Any]:
         peer, payload = item
         if peer.closed:
-            self.discarded += 1
-            return
-        reply: Any = await self._handler(peer, payload)  # type: ignore[arg-type] # messages are the payloads here
+            return _gone()
+        return self._handler(peer, payload)  # type: ignore[arg-type] # messages are the payloads here
+
+    def _reply(self, item: Item, reply: Any) -> None:
+        peer = item[0]
         if reply is None:
             peer.done()
+        elif reply is _GONE:
+            self.discarded += 1
         elif not peer.reply(self._encode(reply)):
             self.undeliverable += 1
 

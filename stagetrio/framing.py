@@ -101,9 +101,10 @@ class LengthPrefixed:
         Raises:
             ValueError: The payload is longer than ``max_bytes``.
         """
-        if len(payload) > self.max_bytes:
-            raise ValueError(f"payload of {len(payload)} bytes exceeds the limit of {self.max_bytes} bytes")
-        return _pack(len(payload)) + payload
+        size = len(payload)
+        if size > self.max_bytes:
+            raise ValueError(f"payload of {size} bytes exceeds the limit of {self.max_bytes} bytes")
+        return _pack(size) + payload
 
     def decoder(self) -> LengthPrefixedDecoder:
         """Return a fresh decoder for one connection."""

@@ -121,7 +121,11 @@ def _pop(order: FairOrder[F, T], record: Flow[F, T], count: int) -> list[T]:
     items = [record.first]
     rest = record.rest
     if rest:
-        items += [rest.popleft() for _ in range(count - 1)]
+        if count > len(rest):
+            items += rest
+            rest.clear()
+        else:
+            items += [rest.popleft() for _ in range(count - 1)]
         items.reverse()
     if rest:
         record.first = rest.popleft()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from math import inf
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakMethod
@@ -168,6 +168,7 @@ class StageServer(Generic[M]):
             on_error=self._exchange.failed_with,
             after_slice=self._after_slice,
             max_handling=max_handling,
+            on_result=self._exchange.served,
             watchdog=watchdog,
             budget=budget,
             cost=None if cost is None else lambda item: cost(item[1]),
@@ -401,7 +402,7 @@ class StageServer(Generic[M]):
         return len(frames)
 
     def _enqueue(self, peer: Peer[Any], frames: list[bytes]) -> tuple[int, int]:
-        queued: int = peer.channel.send_many_nowait([(peer, frame) for frame in frames])
+        queued: int = peer.channel.send_many_nowait(list(zip(repeat(peer), frames)))
         # A leader that serves looks at the queue anyway; one that offers room where there is none must not be woken.
         if queued and not self._stage.serving:
             self._wake_leader()

@@ -29,6 +29,10 @@ handlers all wait runs ``workers`` of them at once.
   (past ``max_handling`` or ``budget``, or by `Stage.cancel`) takes that scope with it, and the worker goes on in a
   fresh one. (A scope cannot be entered around a handler that has begun, and one per message would cost too much.)
 
+- Handlers do not see each other's context variables: a worker whose context is not what it started with when a handler
+  has ended makes way for a fresh one. (Only what is parked behind one key is served in one context, since it has one
+  worker.)
+
 Rejected: handing each message to a parked worker (slower than spawning a task), and a task per message (ten times the
 cost of the whole path here).
 
@@ -39,6 +43,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Coroutine, Hashable, Sequence
+from contextvars import Context, copy_context
 from functools import partial
 from math import inf
 from time import perf_counter
@@ -120,6 +125,7 @@ class Stage(Generic[T]):
             handler raises `trio.TooSlowError`, one past its budget `BudgetExceeded`.
         after_slice: Called when the leader is about to let others run: the place to write what the slice produced.
         max_handling: Seconds from a handler's first wait after which it is cancelled.
+        on_result: Called with an item and what its handler returned; what it raises, the handler has raised.
         inner: With a watchdog, where ``handler`` only leads to it: the function in whose module handlers may be forced.
         source: What the leader waits for instead of waiting for the queue, and lets bring items to it. Whoever else
             sends to the queue, resumes a flow of it or closes it calls `Source.wake`.
@@ -143,6 +149,7 @@ class Stage(Generic[T]):
         on_error: Callable[[T, Exception], None] | None = None,
         after_slice: Callable[[], None] | None = None,
         max_handling: float = inf,
+        on_result: Callable[[T, Any], object] | None = None,
         inner: Callable[..., Any] | None = None,
         source: Source | None = None,
     ) -> None:
@@ -173,9 +180,11 @@ class Stage(Generic[T]):
         self._on_error = on_error
         self._after_slice = after_slice or (lambda: None)
         self._max_handling = max_handling
+        self._on_result = on_result
         self._inner = handler if inner is None else inner
         self._source = source
         self._nursery: trio.Nursery | None = None
+        self._context: Context  # what workers start in
         self._workers = 0
         self._idle: dict[Task, None] = {}  # followers, the most recently parked last
         self._leader: Worker[T] | None = None
@@ -212,6 +221,7 @@ class Stage(Generic[T]):
         """
         if self._nursery is not None:
             raise RuntimeError("a stage runs once")
+        self._context = copy_context()
         async with trio.open_nursery() as self._nursery:
             self._start_worker()
 
@@ -228,7 +238,7 @@ class Stage(Generic[T]):
     def _start_worker(self) -> None:
         assert self._nursery is not None
         self._workers += 1
-        self._nursery.start_soon(self._work)
+        self._context.run(self._nursery.start_soon, self._work)
 
     async def _work(self) -> None:
         if self._watchdog is None:
@@ -255,7 +265,11 @@ class Stage(Generic[T]):
             if worker.scope.cancelled_caught:
                 self._settle_cancelled(worker)
             worker.cancelled = False
+            if not worker.occupied and worker.has_changed():
+                break
         self._workers -= 1
+        if self._leader is None and not self._ended:
+            self._hand_over()
 
     async def _follow(self, worker: Worker[T]) -> None:
         self._idle[worker.task] = None
@@ -308,6 +322,9 @@ class Stage(Generic[T]):
             if self._leader is not worker:
                 return
             self.serving = False
+            if worker.has_changed():
+                self._after_slice()
+                return
             if not drained:  # else waiting for the queue lets the others run
                 self._after_slice()
                 await trio.lowlevel.checkpoint()
@@ -321,7 +338,7 @@ class Stage(Generic[T]):
                 return
             self.serving = False
             self._after_slice()
-            if self._ended:
+            if self._ended or worker.has_changed():
                 return
             if drained:
                 await source.wait()
@@ -365,7 +382,7 @@ class Stage(Generic[T]):
                     pass
                 except Exception as error:
                     worker.spent = clock() - worker.begun
-                    self._book(worker)
+                    self._book(worker, worker.served() - 1)
                     self._settle(worker)
                     self._fail(worker.item, error)
                 else:
@@ -378,7 +395,7 @@ class Stage(Generic[T]):
                 if worker.occupied:  # it was made to wait
                     await self._serve_parked(worker)
                     return False
-                if worker.begun > end:
+                if worker.begun > end or worker.has_changed():
                     self._put_back()
                     return False
             if self._cost is not None:
@@ -395,34 +412,39 @@ class Stage(Generic[T]):
 
     async def _serve_runs(self, worker: Worker[T], clock: Callable[[], float], end: float) -> None:
         """Call the handler with the items of the batch in turn, until the slice is over or a handler has waited."""
-        batch, in_hand, handler, cost, lane = self._batch, self._in_hand, self._handler, self._cost, worker.lane
+        batch, in_hand, context = self._batch, self._in_hand, worker.context
+        handler, on_result, cost = self._handler, self._on_result, self._cost
         worker.begun = clock()
         while batch:
-            worker.run = run = batch[-1]
+            run = batch[-1]
             items = run.items
+            worker.take(run)
             if self._ticket is not None:
                 handler = partial(self._handle_with_ticket, self._ticket, run.flow)
-            to_begin = lane is not None
+            to_begin = worker.lane is not None
             while items:
                 if in_hand and self._park(run):
+                    worker.taken -= 1
                     continue
                 worker.item = item = items.pop()
                 if to_begin:
                     to_begin = False
                     self._begin(worker, run)
-                await handler(item)
+                result = await handler(item)
+                if on_result is not None:
+                    on_result(item, result)
                 if worker.occupied:
                     if worker.run is run:  # it did not wait, but was made to
                         self._handled += 1
                         self._settle(worker)
                     return
-                begun, worker.begun = worker.begun, clock()
-                worker.served += 1
-                worker.metered += worker.begun - begun if cost is None else cost(item)
-                if worker.begun > end:
-                    self._book(worker)
+                worker.begun = now = clock()
+                if cost is not None:
+                    worker.cost += cost(item)
+                if now > end or copy_context() != context:
+                    self._book(worker, worker.served())
                     return
-            self._book(worker)
+            self._book(worker, worker.served())
             batch.pop()
 
     def _put_back(self) -> None:
@@ -454,14 +476,17 @@ class Stage(Generic[T]):
         if not worker.occupied:
             self._occupy(worker, worker.run, worker.item)
 
-    def _start(self, run: Run[Any, T], item: T) -> Handling:
+    async def _handle(self, run: Run[Any, T], item: T) -> None:
         if self._ticket is None:
-            return self._handler(item)
-        return self._handle_with_ticket(self._ticket, run.flow, item)
+            result = await self._handler(item)
+        else:
+            result = await self._handle_with_ticket(self._ticket, run.flow, item)
+        if self._on_result is not None:
+            self._on_result(item, result)
 
-    async def _handle_with_ticket(self, ticket: TicketStage, flow: Hashable, item: T) -> None:
+    async def _handle_with_ticket(self, ticket: TicketStage, flow: Hashable, item: T) -> Any:
         async with ticket.ticket(flow):
-            await self._handler(item)
+            return await self._handler(item)
 
     def _key_of(self, run: Run[Any, T], item: T) -> Hashable:
         key = run.flow if self._order_key is None else self._order_key(item)
@@ -493,7 +518,7 @@ class Stage(Generic[T]):
 
     def _occupy(self, worker: Worker[T], run: Run[Any, T], item: T) -> None:
         """Leave the worker to its handler, which waits, and to what will be parked behind it; another one leads."""
-        self._book(worker)
+        self._book(worker, worker.served() - 1)
         worker.key = self._key_of(run, item)
         if self._overlap > 1:
             self._share_parked(worker, worker.key[0])
@@ -512,7 +537,7 @@ class Stage(Generic[T]):
             worker.item = item
             if worker.lane is not None:
                 self._begin(worker, run)
-            await self._finish(worker, run, self._start(run, item), None, 0.0)
+            await self._finish(worker, run, self._handle(run, item), None, 0.0)
             if not worker.scope.cancel_called:  # else it would be taken for the end of a handler that has ended
                 await trio.lowlevel.checkpoint()
         del self._in_hand[worker.key]
@@ -540,14 +565,16 @@ class Stage(Generic[T]):
         worker.scope.deadline = inf
         self._settle(worker)
 
-    def _book(self, worker: Worker[T]) -> None:
-        """Settle what the worker has served without waiting."""
-        if worker.served:
+    def _book(self, worker: Worker[T], served: int) -> None:
+        """Settle what the worker has served of its run without waiting."""
+        if served:
+            seconds = worker.begun - worker.since
             if worker.lane is not None and self._cost is None:
-                worker.lane.discount(worker.metered)
-            self._handled += worker.served
-            worker.run.settle(worker.served, worker.metered)
-            worker.served, worker.metered = 0, 0.0
+                worker.lane.discount(seconds)
+            self._handled += served
+            worker.run.settle(served, seconds if self._cost is None else worker.cost)
+            worker.taken -= served
+            worker.cost = 0.0
 
     def _settle(self, worker: Worker[T]) -> None:
         spent = worker.spent if worker.lane is None else self._leave_lane(worker)

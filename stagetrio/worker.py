@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections import deque
 from collections.abc import Coroutine, Generator, Hashable
+from contextvars import copy_context
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -24,37 +25,55 @@ class Worker(Generic[T]):
     __slots__ = (
         "begun",
         "cancelled",
+        "context",
+        "cost",
         "held",
         "item",
         "key",
         "lane",
-        "metered",
         "occupied",
         "on_lane",
         "parked",
         "run",
         "scope",
-        "served",
+        "since",
         "spent",
+        "taken",
         "task",
     )
 
     def __init__(self, task: Task, lane: Lane | None) -> None:
         self.task = task
         self.lane = lane
+        self.context = copy_context()  # what the next handler is to find
         self.scope = trio.CancelScope()
         self.on_lane = False  # a handler, or a run of them, has begun on the lane and not ended
         self.occupied = False
         self.cancelled = False  # by `Stage.cancel`, not by its deadline
         self.item: T  # in hand
         self.run: Run[Any, T]  # to be settled: the one being served, or the item in hand as a run of its own
-        self.served = 0  # items of the run that have been served without waiting and are not settled
-        self.metered = 0.0  # what they have cost
-        self.begun = 0.0  # when the item in hand began, by the real clock
+        self.taken = 0  # items of the run that are not settled, those parked left out
+        self.cost = 0.0  # declared for those of them that have been served
+        self.since = 0.0  # when the run began, by the real clock
+        self.begun = 0.0  # when the item in hand began
         self.spent = 0.0  # seconds the item in hand has held the loop
         self.key: Any = None  # in hand; where handlers of one key may overlap: the key and a number
         self.parked: deque[Run[Any, T]] = deque()  # at most MAX_PARKED and what was left of a batch
         self.held: list[Hashable] = []  # flows held in the queue because they bring more of this key
+
+    def take(self, run: Run[Any, T]) -> None:
+        """Begin to serve a run."""
+        self.run = run
+        self.taken = len(run.items)
+        self.since = self.begun
+
+    def served(self) -> int:
+        """How many items of the run have begun and are not settled."""
+        return self.taken - len(self.run.items)
+
+    def has_changed(self) -> bool:
+        """Whether a handler has left a context variable set to something else, which the next one must not find."""
+        return copy_context() != self.context
 
 
 @types.coroutine
