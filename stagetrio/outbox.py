@@ -13,6 +13,8 @@ import enum
 from collections import deque
 from collections.abc import Hashable
 
+PIECE = 262144  # bytes joined for one write; as many as an outbox holds by default
+
 
 class WhenFull(enum.Enum):
     """What becomes of a pushed frame when the outbox is full."""
@@ -83,8 +85,20 @@ class Outbox:
         return self.size < max_bytes
 
     def joined(self) -> bytes:
-        """Return all there is to write."""
-        return b"".join(self._frames.values())
+        """Return what is to be written next: all there is, or whole frames of at least `PIECE` bytes.
+
+        A socket with little room takes little of it each time, so all of much would be copied again and again.
+        """
+        if self.size <= PIECE:
+            return b"".join(self._frames.values())
+        frames: list[bytes] = []
+        size = 0
+        for frame in self._frames.values():
+            frames.append(frame)
+            size += len(frame)
+            if size >= PIECE:
+                break
+        return b"".join(frames)
 
     def written(self, size: int) -> None:
         """Forget that many bytes from the front."""

@@ -12,7 +12,7 @@ queued messages   ``max_decoded``, those in hand included              the socke
 their bytes       ``max_input_bytes``, counted since none was queued   the socket is not read
 frames read       those of one read (64 KiB), not queued yet           the socket is not read
 output            ``max_outbox_bytes``, and the replies to what is     the socket is not read; ``send`` waits, what
-                  queued                                               ``send_nowait`` does is ``when_outbox_full``
+                  queued; 64 KiB more where a stream has it in hand    ``send_nowait`` does is ``when_outbox_full``
 ================= ==================================================== =======================================
 
 The states, and what leads from one to the next::
@@ -377,15 +377,16 @@ class Peer(Generic[M]):
         if self._blocked:
             return
         outbox = self.outbox
-        if outbox.size:
+        while outbox.size:
+            piece = outbox.joined()
             try:
-                sent = self._transport.write(outbox.joined())
+                sent = self._transport.write(piece)
             except OSError:
                 self.abort(CloseReason.RESET)
                 return
             self._bytes_sent += sent
             outbox.written(sent)
-            if outbox.size:
+            if sent < len(piece):
                 self._output_blocked()
                 return
         if self._room is not None and outbox.size < self._host.limits.max_outbox_bytes:
