@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from math import inf
-from weakref import WeakMethod
 
 import attrs
 import trio
@@ -113,9 +112,7 @@ class Arrivals:
         if len(self._waiting) > self.proxies.max_waiting:
             arrival.fail("too many connections without a header")
             return
-        check = WeakMethod(arrival.check_deadline)  # a reaper keeps its checks until they are due
-        when = trio.current_time() + self.proxies.header_within
-        self._reaper.at(when, lambda now: inf if (alive := check()) is None else alive(now))
+        self._reaper.watch(trio.current_time() + self.proxies.header_within, arrival.check_deadline)
         arrival.listen()
 
     def settle(self, arrival: ProxiedTransport, reason: str | None = None) -> None:

@@ -18,7 +18,6 @@ from functools import partial
 from itertools import islice, repeat
 from math import inf
 from typing import Any, Generic, TypeVar, cast
-from weakref import WeakMethod
 
 import attrs
 import trio
@@ -433,14 +432,7 @@ class StageServer(Generic[M]):
             reschedule(flusher)
 
     def check_at(self, peer: Peer[Any], when: float, check: Callable[[float], float]) -> None:
-        # A check holds on to its peer for as long as the rule's period, if nothing else is done about it.
-        alive = WeakMethod(check)
-
-        def check_if_alive(now: float) -> float:
-            check = alive()
-            return inf if check is None else check(now)
-
-        self._reaper.at(when, check_if_alive)
+        self._reaper.watch(when, check)
 
     def ping(self, peer: Peer[Any]) -> None:
         assert self._ping is not None

@@ -31,7 +31,6 @@ from collections import OrderedDict
 from contextlib import suppress
 from math import inf
 from typing import Any
-from weakref import WeakMethod
 
 import attrs
 import trio
@@ -202,9 +201,7 @@ class TlsTransport:
 
     def start(self, on_data: OnData, on_end: OnEnd, on_writable: OnWritable) -> None:
         self._on_data, self._on_end, self._on_writable = on_data, on_end, on_writable
-        check = WeakMethod(self._check_deadline)  # a reaper keeps its checks until they are due
-        when = trio.current_time() + self._listener.handshake_within
-        self._reaper.at(when, lambda now: inf if (alive := check()) is None else alive(now))
+        self._reaper.watch(trio.current_time() + self._listener.handshake_within, self._check_deadline)
         self._inner.start(self._receive, self._receive_end, self._writable)
 
     def begin(self, context: ssl.SSLContext, data: bytes) -> None:

@@ -152,6 +152,11 @@ class HubTransport:
     def close(self) -> None:
         self._hub.forget(self._sock)
         self._sock.close()
+        self._on_data = self._on_end = self._on_writable = _nobody  # so that nothing is left for the garbage collector
+
+
+def _nobody(*_: object) -> None:
+    """The owner has closed and hears no more."""
 
 
 class StreamTransport:
