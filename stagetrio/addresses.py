@@ -123,7 +123,7 @@ def parse_listening_address(address: str | Address) -> TcpAddress | UnixAddress 
     Raises:
         ValueError: It is no address, or one for datagrams.
     """
-    parsed = parse_address(address) if isinstance(address, str) else address
+    parsed = address if isinstance(address, Address) else parse_address(address)
     if isinstance(parsed, UdpAddress):
         raise ValueError(f"addresses must be ones to accept connections on, not {parsed}")
     return parsed

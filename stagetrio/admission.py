@@ -32,6 +32,7 @@ from math import inf
 import attrs
 
 from stagetrio.addresses import Address
+from stagetrio.amounts import check_amount, check_count
 from stagetrio.limiter import FlowRateLimiter, RateLimiter
 from stagetrio.networks import Networks, ip_of, prefix_of
 from stagetrio.overload import Overloaded
@@ -112,13 +113,11 @@ class Admission:
         pace: RateLimiter | None = None,
         spread: float = 10.0,
     ) -> None:
-        if not max_per_host >= 1:
-            raise ValueError(f"max_per_host must be at least 1, not {max_per_host!r}")
-        if not 1 <= ipv4_prefix <= 32:
-            raise ValueError(f"ipv4_prefix must be between 1 and 32, not {ipv4_prefix!r}")
-        if not 1 <= ipv6_prefix <= 128:
-            raise ValueError(f"ipv6_prefix must be between 1 and 128, not {ipv6_prefix!r}")
-        if not 0 <= spread < inf:
+        check_amount("max_per_host", max_per_host, 1)
+        for name, bits, most in (("ipv4_prefix", ipv4_prefix, 32), ("ipv6_prefix", ipv6_prefix, 128)):
+            if check_count(name, bits, 1) > most:
+                raise ValueError(f"{name} must be between 1 and {most}, not {bits!r}")
+        if check_amount("spread", spread) == inf:
             raise ValueError(f"spread must be a number of seconds, 0 or more, not {spread!r}")
         if rate_per_host is not None and not isinstance(rate_per_host, FlowRateLimiter):
             raise TypeError(f"rate_per_host must be a FlowRateLimiter, not {rate_per_host!r}")

@@ -21,7 +21,7 @@ def check_above_zero(name: str, value: float) -> float:
     return value
 
 
-def check_count(name: str, value: int, least: int) -> int:
+def check_count(name: str, value: float, least: int) -> int:
     """Return ``value``, or raise a `TypeError` or `ValueError` that names it unless it is an int ≥ ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, not {value!r}")

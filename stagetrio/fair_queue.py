@@ -15,6 +15,7 @@ import attrs
 import trio
 from trio.lowlevel import checkpoint, enable_ki_protection
 
+from stagetrio.amounts import check_count
 from stagetrio.fair_order import FairOrder
 from stagetrio.flow import EMPTY, Delivery, F, T, check_positive
 from stagetrio.intake import FlowChannel, Intake
@@ -229,6 +230,8 @@ class FairQueue(Generic[F, T]):
 
     def receive_batch_nowait(self, max_items: int) -> list[T]:
         """Like `receive_batch`, but raises `trio.WouldBlock` where there is nothing now."""
+        if type(max_items) is not int or max_items < 1:
+            check_count("max_items", max_items, 1)
         return self._outlet.take_nowait(self._outlet.take_items, max_items)
 
     async def receive_batch(self, max_items: int) -> list[T]:
@@ -239,6 +242,8 @@ class FairQueue(Generic[F, T]):
 
         Checkpoints: Always. A cancelled receive has not taken anything.
         """
+        if type(max_items) is not int or max_items < 1:
+            check_count("max_items", max_items, 1)
         return await self._outlet.take(self._outlet.take_items, max_items)
 
     def receive_delivery_nowait(self) -> Delivery[F, T]:
@@ -257,6 +262,8 @@ class FairQueue(Generic[F, T]):
 
     def receive_deliveries_nowait(self, max_items: int) -> list[Delivery[F, T]]:
         """Like `receive_deliveries`, but raises `trio.WouldBlock` where there is nothing now."""
+        if type(max_items) is not int or max_items < 1:
+            check_count("max_items", max_items, 1)
         return self._outlet.take_nowait(self._outlet.take_deliveries, max_items)
 
     async def receive_deliveries(self, max_items: int) -> list[Delivery[F, T]]:
@@ -267,6 +274,8 @@ class FairQueue(Generic[F, T]):
 
         Checkpoints: Always. A cancelled receive has not taken anything.
         """
+        if type(max_items) is not int or max_items < 1:
+            check_count("max_items", max_items, 1)
         return await self._outlet.take(self._outlet.take_deliveries, max_items)
 
     def receive_runs_nowait(self, max_items: int, quantum: float) -> list[Run[F, T]]:

@@ -28,6 +28,7 @@ from typing import TypeVarTuple
 import attrs
 import trio
 
+from stagetrio.amounts import check_amount
 from stagetrio.limiter import Overloaded
 
 Ts = TypeVarTuple("Ts")
@@ -107,6 +108,7 @@ class NurseryPool:
         Checkpoints: always; cancelled, it started nothing.
         """
         self._check_open()
+        _check_function(fn)
         task = _Task(key)
         await self._slots.acquire_on_behalf_of(task)
         if self._closed:
@@ -126,6 +128,7 @@ class NurseryPool:
             trio.ClosedResourceError: The pool drains or is closed.
         """
         self._check_open()
+        _check_function(fn)
         task = _Task(key)
         try:
             self._slots.acquire_on_behalf_of_nowait(task)
@@ -147,6 +150,7 @@ class NurseryPool:
             fn: an async function.
             name: the task's name, as for ``trio.Nursery.start_soon``.
         """
+        _check_function(fn)
         task = _Task(None)
         if self._closed:
             task.scope.cancel("the pool drains")
@@ -194,8 +198,7 @@ class NurseryPool:
 
         Checkpoints: always; cancelled, the pool stays closed to new work, its tasks go on; drain may be called again.
         """
-        if not grace >= 0:
-            raise ValueError(f"grace must be a number of seconds, 0 or more, not {grace!r}")
+        check_amount("grace", grace)
         self._closed = True
         with trio.move_on_after(grace):
             await self._wait_empty()
@@ -285,6 +288,11 @@ class NurseryPool:
             await self._emptied.wait()
 
 
+def _check_function(fn: object) -> None:
+    if not callable(fn):
+        raise TypeError(f"fn must be an async function, not {fn!r}; its arguments come after it")
+
+
 @asynccontextmanager
 async def open_nursery_pool(max_tasks: float, *, on_error: OnError | None = None) -> AsyncIterator[NurseryPool]:
     """Open a `NurseryPool`; leaving the block waits for its tasks, as leaving a nursery does.
@@ -304,6 +312,8 @@ async def open_nursery_pool(max_tasks: float, *, on_error: OnError | None = None
         raise TypeError(f"max_tasks must be an int or math.inf, not {max_tasks!r}")
     if max_tasks < 1:
         raise ValueError(f"max_tasks must be 1 or more, not {max_tasks!r}")
+    if on_error is not None and not callable(on_error):
+        raise TypeError(f"on_error must be callable or None, not {on_error!r}")
     pool = NurseryPool(max_tasks, on_error)
     try:
         async with trio.open_nursery() as pool._nursery:

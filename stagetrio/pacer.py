@@ -23,9 +23,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from inspect import iscoroutine
 
 import attrs
 import trio
+
+from stagetrio.amounts import check_above_zero
 
 Flush = Callable[[], object]
 
@@ -66,8 +69,9 @@ class Pacer:
     """
 
     def __init__(self, tick: float) -> None:
-        if not 0 < tick < math.inf:
-            raise ValueError(f"tick must be a number of seconds above 0, not {tick!r}")
+        check_above_zero("tick", tick)
+        if tick == math.inf:
+            raise ValueError("tick must be finite, not inf")
         self._tick = tick
         self._touched: dict[Flush, None] = {}
         self._due: dict[Flush, None] = {}  # of the round in progress, not yet called
@@ -90,7 +94,10 @@ class Pacer:
         Args:
             flush: a synchronous function that writes what there is without waiting. What it raises ends `run`.
         """
-        self._touched[flush] = None
+        if flush not in self._touched:
+            if not callable(flush):
+                raise TypeError(f"flush must be a synchronous function, not {flush!r}")
+            self._touched[flush] = None
         if self._sleeper is not None:
             sleeper, self._sleeper = self._sleeper, None
             trio.lowlevel.reschedule(sleeper)
@@ -176,7 +183,10 @@ class Pacer:
         for flush in flushes:
             if self._due.pop(flush, self) is None:  # else it was discarded meanwhile
                 self._flushes += 1
-                flush()
+                done = flush()
+                if done is not None and iscoroutine(done):
+                    done.close()
+                    raise TypeError(f"flush must be a synchronous function, not {flush!r}")
 
     def _end_round(self) -> None:
         if self._due:

@@ -50,6 +50,7 @@ from typing import Any, TypedDict, Unpack
 
 import trio
 
+from stagetrio.amounts import check_above_zero, check_amount, check_count
 from stagetrio.arbiter import Arbiter, ArbiterStatistics, CannotStart, WorkerStatistics
 from stagetrio.prefork_sockets import open_worker_sockets
 from stagetrio.prefork_worker import Worker
@@ -105,12 +106,10 @@ async def open_arbiter(
     timing = Timing(heartbeat, hang_after, start_within, grace)
     check_timing(timing)
     for name, value in (("max_age", max_age), ("max_memory_bytes", max_memory_bytes)):
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, not {value!r}")
-    if not 0 <= jitter <= 1:
+        check_above_zero(name, value)
+    if check_amount("jitter", jitter) > 1:
         raise ValueError(f"jitter must be between 0 and 1, not {jitter!r}")
-    if processes < 1:
-        raise ValueError(f"processes must be 1 or more, not {processes!r}")
+    check_count("processes", processes, 1)
     sockets = await open_worker_sockets(addresses)
     try:
         config = {"target": target, "arguments": list(arguments)}

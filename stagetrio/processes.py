@@ -29,6 +29,7 @@ from typing import Any, Generic, TypeVar, TypeVarTuple
 
 import trio
 
+from stagetrio.amounts import check_above_zero, check_amount, check_count
 from stagetrio.backstage import open_backstage
 from stagetrio.calls import MAX_PROGRESS, Wakeup
 from stagetrio.fair_queue import FairQueue
@@ -287,14 +288,12 @@ async def open_process_pool(
     Checkpoints: when the block is left.
     Cost: 40 ms and 10 MB per worker, and what the modules of its functions take.
     """
-    if isinstance(max_processes, bool) or not isinstance(max_processes, int):
-        raise TypeError(f"max_processes must be an int, not {max_processes!r}")
-    if max_processes < 1:
-        raise ValueError(f"max_processes must be 1 or more, not {max_processes!r}")
-    if not 0 <= warm <= max_processes:
+    check_count("max_processes", max_processes, 1)
+    if check_count("warm", warm, 0) > max_processes:
         raise ValueError(f"warm must be between 0 and max_processes, not {warm!r}")
-    if not max_calls >= 1:
-        raise ValueError(f"max_calls must be 1 or more, not {max_calls!r}")
+    if isinstance(preload, str):
+        raise TypeError(f"preload must be a sequence of names, not the string {preload!r}")
+    check_amount("max_calls", max_calls, 1)
     times = {
         "max_age": max_age,
         "max_memory_bytes": max_memory_bytes,
@@ -302,8 +301,7 @@ async def open_process_pool(
         "start_within": start_within,
     }
     for name, value in times.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, not {value!r}")
+        check_above_zero(name, value)
     queue: FairQueue[Hashable, ProcessCall] = FairQueue(
         check_bound("max_waiting", max_waiting),
         max_items_per_flow=check_bound("max_waiting_per_flow", max_waiting_per_flow),

@@ -36,6 +36,7 @@ from functools import partial
 
 import trio
 
+from stagetrio.amounts import check_amount
 from stagetrio.backstage import open_backstage
 from stagetrio.procedures import Procedures, ProceduresStatistics
 from stagetrio.remote_hello import Unwelcome, check_token, receive_hello, say_bye, say_welcome
@@ -67,8 +68,17 @@ def _check_serving_bounds(
     max_in_flight: int, max_running: float, max_frame_bytes: int, max_buffered_bytes: int
 ) -> None:
     check_bounds(max_in_flight=max_in_flight, max_frame_bytes=max_frame_bytes, max_buffered_bytes=max_buffered_bytes)
-    if not max_running >= 1:
-        raise ValueError(f"max_running must be at least 1, not {max_running!r}")
+    check_amount("max_running", max_running, 1)
+
+
+def _check_procedures(procedures: Procedures) -> None:
+    if not isinstance(procedures, Procedures):
+        raise TypeError(f"procedures must be Procedures, not {procedures!r}")
+
+
+def _check_stream(stream: trio.abc.Stream) -> None:
+    if not isinstance(stream, trio.abc.Stream):
+        raise TypeError(f"stream must be a trio.abc.Stream, not {stream!r}")
 
 
 async def serve_remote_stream(
@@ -101,6 +111,8 @@ async def serve_remote_stream(
 
     Checkpoints: yes; a cancellation cancels what is in hand.
     """
+    _check_procedures(procedures)
+    _check_stream(stream)
     check_token(token)
     _check_serving_bounds(max_in_flight, max_running, max_frame_bytes, max_buffered_bytes)
     procedures.tally.connections += 1
@@ -157,9 +169,16 @@ async def serve_remote(
 
     Checkpoints: yes.
     """
+    _check_procedures(procedures)
     check_bounds(max_connections=max_connections)
     check_token(token)
     _check_serving_bounds(max_in_flight, max_running, max_frame_bytes, max_buffered_bytes)
+    listeners = list(listeners)
+    if not listeners:
+        raise ValueError("listeners must name at least one place to listen, not []")
+    for listener in listeners:
+        if not isinstance(listener, trio.abc.Listener):
+            raise TypeError(f"listeners must hold listeners, such as open_listeners() returns, not {listener!r}")
     connected = 0
 
     async def serve_one(stream: trio.abc.Stream) -> None:
@@ -186,7 +205,7 @@ async def serve_remote(
         finally:
             connected -= 1
 
-    await trio.serve_listeners(serve_one, list(listeners), task_status=task_status)
+    await trio.serve_listeners(serve_one, listeners, task_status=task_status)
 
 
 @asynccontextmanager
@@ -233,6 +252,8 @@ def open_remote_stream(
 
     Checkpoints: on entry and on exit. Whoever still calls when the block is left gets ``trio.ClosedResourceError``.
     """
+
+    _check_stream(stream)
 
     async def the_stream() -> trio.abc.Stream:
         return stream

@@ -40,6 +40,8 @@ class KnownProcedures:
         known = stamp_of(procedure) or self._known.get(procedure)
         if known is not None:
             return known
+        if not (isinstance(procedure, str) or hasattr(procedure, "__name__")):
+            raise TypeError(f"procedure must be a function or its name, not {procedure!r}")
         if len(self._known) >= _KNOWN_FUNCTIONS:
             self._known.clear()
         known = NamedProcedure(procedure, self._any_type) if isinstance(procedure, str) else procedure_of(procedure)

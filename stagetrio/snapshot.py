@@ -28,6 +28,8 @@ from typing import Generic, TypeVar
 import attrs
 import trio
 
+from stagetrio.amounts import check_count
+
 T = TypeVar("T")
 
 
@@ -133,11 +135,12 @@ class Snapshot(Generic[T]):
             version: one that this snapshot has had.
 
         Raises:
-            ValueError: The snapshot has never had that version.
+            ValueError, TypeError: The snapshot has never had that version.
 
         Checkpoints: always; a cancelled wait leaves nothing behind.
         Cost: a waiting task costs a change one rescheduling, at most once per call of this method.
         """
+        check_count("version", version, 0)
         if version > self._view.version:
             raise ValueError(f"version must be one this snapshot has had, 0 to {self._view.version}, not {version!r}")
         await trio.lowlevel.checkpoint()

@@ -52,6 +52,7 @@ from stagetrio.addresses import (
     parse_address,
     parse_listening_address,
 )
+from stagetrio.amounts import check_count
 
 __all__ = [
     "Address",
@@ -134,9 +135,8 @@ async def open_listeners(
     """
     if not addresses:
         raise ValueError("addresses must name at least one place to listen, not ()")
-    if backlog < 1:
-        raise ValueError(f"backlog must be at least 1, not {backlog!r}")
-    if mode is not None and not 0 <= mode <= 0o777:
+    check_count("backlog", backlog, 1)
+    if mode is not None and check_count("mode", mode, 0) > 0o777:
         raise ValueError(f"mode must be permission bits between 0 and 0o777, not {mode!r}")
     parsed = [parse_listening_address(address) for address in addresses]
     listeners: list[SocketListener] = []

@@ -53,6 +53,7 @@ import attrs
 import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
 
+from stagetrio.amounts import check_above_zero, check_count
 from stagetrio.fair_queue import FairQueue
 from stagetrio.lane import Lane
 from stagetrio.runs import Run
@@ -131,7 +132,7 @@ class Stage(Generic[T]):
             sends to the queue, resumes a flow of it or closes it calls `Source.wake`.
 
     Raises:
-        ValueError: ``workers``, ``max_handling`` or ``budget`` is out of range.
+        ValueError, TypeError: ``workers``, ``overlap``, ``max_handling`` or ``budget`` is out of range.
     """
 
     def __init__(
@@ -153,16 +154,10 @@ class Stage(Generic[T]):
         inner: Callable[..., Any] | None = None,
         source: Source | None = None,
     ) -> None:
-        if workers < 1:
-            raise ValueError(f"workers must be at least 1, not {workers!r}")
-        if isinstance(overlap, bool) or not isinstance(overlap, int):
-            raise TypeError(f"overlap must be an int, not {overlap!r}")
-        if overlap < 1:
-            raise ValueError(f"overlap must be at least 1, not {overlap!r}")
-        if not max_handling > 0:
-            raise ValueError(f"max_handling must be positive, not {max_handling!r}")
-        if not budget > 0:
-            raise ValueError(f"budget must be positive, not {budget!r}")
+        check_count("workers", workers, 1)
+        check_count("overlap", overlap, 1)
+        check_above_zero("max_handling", max_handling)
+        check_above_zero("budget", budget)
         if budget != inf and watchdog is None:
             raise ValueError(f"budget needs a watchdog to be kept: budget={budget!r}")
         self._handler = handler

@@ -24,6 +24,7 @@ from typing import TypeVar, TypeVarTuple
 
 import trio
 
+from stagetrio.amounts import check_above_zero, check_amount, check_count
 from stagetrio.backstage import open_backstage
 from stagetrio.calls import Wakeup
 from stagetrio.fair_queue import FairQueue
@@ -217,15 +218,12 @@ async def open_thread_pool(
 
     Checkpoints: when the block is left.
     """
-    _check_count("max_threads", max_threads, 1)
-    if max_running != math.inf:
-        _check_count("max_running", max_running, 1)
-    if max_lost != math.inf:
-        _check_count("max_lost", max_lost, 0)
-    if not lease > 0:
-        raise ValueError(f"lease must be a number of seconds above 0, not {lease!r}")
-    if not grace >= 0:
-        raise ValueError(f"grace must be a number of seconds, 0 or more, not {grace!r}")
+    check_count("max_threads", max_threads, 1)
+    for name, value, least in (("max_running", max_running, 1), ("max_lost", max_lost, 0)):
+        if value != math.inf:
+            check_count(name, value, least)
+    check_above_zero("lease", lease)
+    check_amount("grace", grace)
     queue: FairQueue[Hashable, ThreadJob] = FairQueue(
         check_bound("max_waiting", max_waiting),
         max_items_per_flow=check_bound("max_waiting_per_flow", max_waiting_per_flow),
@@ -240,10 +238,3 @@ async def open_thread_pool(
             await dispatch.calls.drain()
         finally:
             dispatch.close()
-
-
-def _check_count(name: str, value: float, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be {least} or more, not {value!r}")

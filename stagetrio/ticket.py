@@ -168,7 +168,10 @@ class TicketStage:
         Raises:
             RuntimeError: The ticket has no lease and the stage is not ``revocable``, so nothing can cancel its block.
             ValueError: The ticket is another stage's.
+            TypeError: It is no ticket.
         """
+        if not isinstance(ticket, Ticket):
+            raise TypeError(f"ticket must be a Ticket, not {ticket!r}")
         if ticket._stage is not self:
             raise ValueError(f"{ticket!r} is not a ticket of {self!r}")
         if not ticket.leased:

@@ -30,6 +30,7 @@ from typing import Any
 import attrs
 import trio
 
+from stagetrio.amounts import check_amount
 from stagetrio.prefork_worker import command
 
 logger = logging.getLogger("stagetrio.prefork")
@@ -231,6 +232,7 @@ class WorkerProcess:
 def check_timing(timing: Timing) -> None:
     """Raise a `ValueError` that names the first time that makes no sense."""
     for name, value in attrs.asdict(timing).items():
+        check_amount(name, value)
         least_ok = value >= 0 if name == "grace" else value > 0
         if not least_ok or (name == "heartbeat" and value == math.inf):
             raise ValueError(f"{name} must be a number of seconds, not {value!r}")

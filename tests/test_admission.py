@@ -137,10 +137,13 @@ def test_networks_are_looked_up_by_prefix() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"max_per_host": 0}, ValueError, "max_per_host must be at least 1, not 0"),
+        ({"max_per_host": 0}, ValueError, "max_per_host must be >= 1, not 0"),
+        ({"max_per_host": "a"}, TypeError, "max_per_host must be a number, not 'a'"),
+        ({"ipv4_prefix": "a"}, TypeError, "ipv4_prefix must be an int, not 'a'"),
+        ({"spread": "a"}, TypeError, "spread must be a number, not 'a'"),
         ({"ipv4_prefix": 33}, ValueError, "ipv4_prefix must be between 1 and 32, not 33"),
-        ({"ipv6_prefix": 0}, ValueError, "ipv6_prefix must be between 1 and 128, not 0"),
-        ({"spread": -1}, ValueError, "spread must be a number of seconds, 0 or more, not -1"),
+        ({"ipv6_prefix": 0}, ValueError, "ipv6_prefix must be >= 1, not 0"),
+        ({"spread": -1}, ValueError, "spread must be >= 0, not -1"),
         ({"spread": inf}, ValueError, "spread must be a number"),
         ({"exempt": ["10.0.0.1/8"]}, ValueError, "has host bits set"),
         ({"exempt": "10.0.0.0/8"}, TypeError, "exempt must be a sequence of networks, not the str '10.0.0.0/8'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import trio
@@ -451,3 +452,18 @@ async def test_who_waits_by_a_channel_that_is_closed_is_told() -> None:
         await wait_all_tasks_blocked()
         assert queue.statistics().tasks_waiting_send == 2
         assert drain(queue) == ["a0", "a1", "a2"]
+
+
+@pytest.mark.parametrize("bad", ["a", 1.5, None, True, 0])
+async def test_a_batch_of_another_kind_is_refused(bad: Any) -> None:
+    """By name and value, whether there is something or not; and nothing is taken."""
+    queue: FairQueue[str, int] = FairQueue(10)
+    for _ in range(2):
+        for receive in (queue.receive_batch_nowait, queue.receive_deliveries_nowait):
+            with pytest.raises((TypeError, ValueError), match=f"max_items must be .*, not {bad!r}"):
+                receive(bad)
+        for wait in (queue.receive_batch, queue.receive_deliveries):
+            with pytest.raises((TypeError, ValueError), match=f"max_items must be .*, not {bad!r}"):
+                await wait(bad)
+        queue.send_nowait("a", 1)
+    assert queue.receive_batch_nowait(9) == [1, 1]

@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Hashable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import trio
@@ -498,3 +498,26 @@ async def test_wrong_arguments_are_named() -> None:
             await pool.drain(-1)
         with pytest.raises(ValueError, match=r"grace.*nan"):
             await pool.drain(math.nan)
+        with pytest.raises(TypeError, match="grace must be a number, not 'a'"):
+            await pool.drain("a")  # type: ignore[arg-type]
+        pool.spawn_nowait(trio.lowlevel.checkpoint)  # it is open as before
+    with pytest.raises(TypeError, match="on_error must be callable or None, not 3"):
+        async with open_nursery_pool(1, on_error=3):  # type: ignore[arg-type]
+            raise AssertionError("unreachable")
+
+
+async def test_what_is_no_function_is_refused_and_takes_no_slot() -> None:
+    """A coroutine, say: where it is handed in, and the pool and its tasks go on."""
+    async def fn() -> None: ...
+
+    coroutine: Any = fn()
+    async with open_nursery_pool(2) as pool:
+        pool.spawn_nowait(trio.sleep_forever, key="other")
+        for start in (pool.spawn_nowait, pool.start_soon):
+            with pytest.raises(TypeError, match="fn must be an async function, not <coroutine object"):
+                start(coroutine)
+        with pytest.raises(TypeError, match="fn must be an async function, not <coroutine object"):
+            await pool.spawn(coroutine)
+        assert pool.statistics().running == 1
+        assert pool.cancel("other", "the end") == 1
+    coroutine.close()

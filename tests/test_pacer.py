@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -315,4 +316,25 @@ async def test_a_cancelled_run_leaves_what_is_touched_and_may_be_started_again(a
 def test_a_tick_is_a_time(tick: float) -> None:
     """Zero, negative and endless ticks are refused by name and value."""
     with pytest.raises(ValueError, match=f"tick must .* not {tick}"):
+        Pacer(tick)
+
+
+async def test_what_cannot_be_flushed_is_refused() -> None:
+    """What is no function, when it is touched; an async one, when it is first called, and named."""
+
+    async def flush() -> None: ...
+
+    pacer = Pacer(1.0)
+    with pytest.raises(TypeError, match="flush must be a synchronous function, not 3"):
+        pacer.touch(3)  # type: ignore[arg-type]
+    assert pacer.statistics().touched == 0
+    pacer.touch(flush)
+    with pytest.raises(TypeError, match=r"flush must be a synchronous function, not <function .*flush at"):
+        pacer.flush_all()
+
+
+@pytest.mark.parametrize("tick", ["a", None, True])
+def test_a_tick_of_another_kind_is_refused(tick: Any) -> None:
+    """By name and value."""
+    with pytest.raises(TypeError, match=f"tick must be a number, not {tick!r}"):
         Pacer(tick)

@@ -436,10 +436,13 @@ async def test_several_addresses_are_bound_all_or_none() -> None:
     ],
 )
 async def test_wrong_arguments_are_named(option: str, value: float) -> None:
-    """Each is refused with its name and value before anything is opened or started."""
-    options: dict[str, Any] = {"processes": 1, **QUICK, option: value}
+    """Each is refused with its name and value before anything is opened or started, and so is what is no number."""
+    options: dict[str, Any] = {"processes": 1, **QUICK}
     with pytest.raises(ValueError, match=rf"{option}.*{value}"):
-        async with open_arbiter("a:b", [LOCAL], **options):
+        async with open_arbiter("a:b", [LOCAL], **{**options, option: value}):
+            raise AssertionError("unreachable")
+    with pytest.raises(TypeError, match=rf"{option} must be .*, not 'a'"):
+        async with open_arbiter("a:b", [LOCAL], **{**options, option: "a"}):
             raise AssertionError("unreachable")
 
 

@@ -523,16 +523,19 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
-        ({"max_processes": 0}, ValueError, "max_processes must be 1 or more, not 0"),
+        ({"max_processes": 0}, ValueError, "max_processes must be >= 1, not 0"),
         ({"max_processes": 1.5}, TypeError, "max_processes must be an int, not 1.5"),
         ({"max_waiting": 0}, ValueError, "max_waiting must be at least 1, not 0"),
         ({"max_waiting_per_flow": 1.5}, TypeError, "max_waiting_per_flow must be an int or math.inf, not 1.5"),
         ({"warm": 2}, ValueError, "warm must be between 0 and max_processes, not 2"),
-        ({"max_calls": 0}, ValueError, "max_calls must be 1 or more, not 0"),
-        ({"max_age": 0}, ValueError, "max_age must be above 0, not 0"),
-        ({"max_idle": math.nan}, ValueError, "max_idle must be above 0, not nan"),
-        ({"max_memory_bytes": -1}, ValueError, "max_memory_bytes must be above 0, not -1"),
-        ({"start_within": 0}, ValueError, "start_within must be above 0, not 0"),
+        ({"max_calls": 0}, ValueError, "max_calls must be >= 1, not 0"),
+        ({"max_age": 0}, ValueError, "max_age must be > 0, not 0"),
+        ({"max_idle": math.nan}, ValueError, "max_idle must be > 0, not nan"),
+        ({"max_memory_bytes": -1}, ValueError, "max_memory_bytes must be > 0, not -1"),
+        ({"start_within": 0}, ValueError, "start_within must be > 0, not 0"),
+        ({"start_within": "a"}, TypeError, "start_within must be a number, not 'a'"),
+        ({"warm": "a"}, TypeError, "warm must be an int, not 'a'"),
+        ({"preload": "json"}, TypeError, "preload must be a sequence of names, not the string 'json'"),
     ],
 )
 async def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Exception], says: str) -> None:

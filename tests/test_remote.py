@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import attrs
 import pytest
@@ -13,7 +14,7 @@ from remote_pairs import PAIRS, Pair, serving
 
 from stagetrio.framing import ProtocolError
 from stagetrio.limiter import Overloaded
-from stagetrio.remote import Procedures, RemoteError
+from stagetrio.remote import Procedures, RemoteError, open_remote_stream, serve_remote, serve_remote_stream
 
 
 @attrs.frozen
@@ -215,3 +216,34 @@ async def test_each_call_has_a_context_of_its_own(pair: Pair) -> None:
     async with serving(procedures, pair) as remote:
         for block in (False, True, False, True, True):
             assert await remote.call(count, block) == 2
+
+
+async def test_what_is_not_to_be_called_or_served_is_named() -> None:
+    """Where it is handed in; and the remote goes on."""
+    procedures = Procedures()
+
+    @procedures.procedure
+    async def add(one: int, two: int) -> int:
+        return one + two
+
+    ours, theirs = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_remote_stream, procedures, theirs)
+        async with open_remote_stream(ours) as remote:
+            wrong: Any = 3
+            with pytest.raises(TypeError, match="procedure must be a function or its name, not 3"):
+                await remote.call(wrong)
+            with pytest.raises(TypeError, match="procedure must be a function or its name, not 3"):
+                await remote.post(wrong)
+            assert await remote.call(add, 1, 2) == 3
+    with pytest.raises(TypeError, match=r"stream must be a trio\.abc\.Stream, not 3"):
+        async with open_remote_stream(wrong):
+            raise AssertionError("unreachable")
+    with pytest.raises(TypeError, match=r"stream must be a trio\.abc\.Stream, not 3"):
+        await serve_remote_stream(procedures, wrong)
+    with pytest.raises(TypeError, match="procedures must be Procedures, not 3"):
+        await serve_remote(wrong, [])
+    with pytest.raises(ValueError, match=r"listeners must name at least one place to listen, not \[\]"):
+        await serve_remote(procedures, [])
+    with pytest.raises(TypeError, match=r"listeners must hold listeners, .* not 't'"):
+        await serve_remote(procedures, "tcp://127.0.0.1:0")  # type: ignore[arg-type]

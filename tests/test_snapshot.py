@@ -164,6 +164,10 @@ async def test_a_version_that_never_was_is_refused() -> None:
     """Waiting for the change after a version of the future is a mistake, and says so."""
     with pytest.raises(ValueError, match="version must be one this snapshot has had, 0 to 0, not 1"):
         await Snapshot(0).wait_changed(1)
+    with pytest.raises(TypeError, match="version must be an int, not 'a'"):
+        await Snapshot(0).wait_changed("a")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="version must be >= 0, not -1"):
+        await Snapshot(0).wait_changed(-1)
 
 
 async def test_changes_in_threads_wake_tasks() -> None:

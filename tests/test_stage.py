@@ -447,9 +447,9 @@ async def test_a_budget_needs_a_watchdog_and_bounds() -> None:
 
     queue: FairQueue[int, int] = FairQueue(1)
     for options, words in [
-        ({"workers": 0}, "workers must be at least 1, not 0"),
-        ({"workers": 1, "max_handling": 0}, "max_handling must be positive, not 0"),
-        ({"workers": 1, "budget": -1}, "budget must be positive, not -1"),
+        ({"workers": 0}, "workers must be >= 1, not 0"),
+        ({"workers": 1, "max_handling": 0}, "max_handling must be > 0, not 0"),
+        ({"workers": 1, "budget": -1}, "budget must be > 0, not -1"),
         ({"workers": 1, "budget": 1}, "budget needs a watchdog"),
     ]:
         with pytest.raises(ValueError, match=words):

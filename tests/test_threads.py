@@ -532,15 +532,17 @@ def wrong(**arguments: Any) -> Callable[[], Any]:
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
-        ({"max_threads": 0}, ValueError, "max_threads must be 1 or more, not 0"),
+        ({"max_threads": 0}, ValueError, "max_threads must be >= 1, not 0"),
         ({"max_threads": math.inf}, TypeError, "max_threads must be an int, not inf"),
-        ({"max_running": 0}, ValueError, "max_running must be 1 or more, not 0"),
-        ({"max_running": 0.5}, TypeError, "max_running must be an int, not 0.5"),
-        ({"max_lost": -1}, ValueError, "max_lost must be 0 or more, not -1"),
         ({"max_waiting": 0}, ValueError, "max_waiting must be at least 1, not 0"),
         ({"max_waiting_per_flow": 1.5}, TypeError, "max_waiting_per_flow must be an int or math.inf, not 1.5"),
-        ({"lease": 0}, ValueError, "lease must be a number of seconds above 0, not 0"),
-        ({"grace": -1}, ValueError, "grace must be a number of seconds, 0 or more, not -1"),
+        ({"max_running": 0}, ValueError, "max_running must be >= 1, not 0"),
+        ({"max_running": 0.5}, TypeError, "max_running must be an int, not 0.5"),
+        ({"max_lost": -1}, ValueError, "max_lost must be >= 0, not -1"),
+        ({"lease": 0}, ValueError, "lease must be > 0, not 0"),
+        ({"lease": "a"}, TypeError, "lease must be a number, not 'a'"),
+        ({"grace": "a"}, TypeError, "grace must be a number, not 'a'"),
+        ({"grace": -1}, ValueError, "grace must be >= 0, not -1"),
     ],
 )
 async def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Exception], says: str) -> None:

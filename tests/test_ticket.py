@@ -822,6 +822,8 @@ async def test_wrong_requests_are_refused() -> None:
             raise AssertionError
     with pytest.raises(TypeError, match="tickets"):
         TicketStage("db", "2")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="ticket must be a Ticket, not None"):
+        stage.revoke(None, "why")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
