@@ -204,11 +204,11 @@ class DatagramServer(Generic[M]):
         self, sockets: Sequence[trio.socket.SocketType], started: Callable[[DatagramServer[M]], None]
     ) -> None:
         """Serve until drained or cancelled."""
-        # Trio's socket receives one datagram per checkpoint; its double receives all that wait.
-        self._sockets = [socket.socket(fileno=os.dup(sock.fileno())) for sock in sockets]
-        for double in self._sockets:
-            double.setblocking(False)
         try:
+            for sock in sockets:
+                # Trio's socket receives one datagram per checkpoint; its double receives all that wait.
+                self._sockets.append(socket.socket(fileno=os.dup(sock.fileno())))
+                self._sockets[-1].setblocking(False)
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._stage.run)

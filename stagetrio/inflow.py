@@ -156,7 +156,8 @@ class Inflow:
     def give_back(self, sender: Any, payloads: Sequence[bytes]) -> None:
         """Undo `take` for messages that were not let in for another reason."""
         now = trio.current_time()
-        for meter, by_size in self._allowance(sender).meters + self._common:
+        allowance = self._allowances.get(sender)  # none, if the sender has gone meanwhile
+        for meter, by_size in ([] if allowance is None else allowance.meters) + self._common:
             meter.book(-sum(len(payload) if by_size else 1 for payload in payloads), now)
 
     def refusal(self, sender: Any) -> Overloaded:

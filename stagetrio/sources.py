@@ -142,10 +142,14 @@ class Source(Generic[M]):
         return self._sources.token_of(self, 0)
 
     def verify(self, token: bytes) -> bool:
-        """Take note that the source has sent back a token; whether it is one, and not older than a minute or two."""
-        if any(hmac.compare_digest(token, self._sources.token_of(self, age)) for age in (0, 1)):
+        """Take note that the source has sent back a token; whether it is one, and not older than a minute or two.
+
+        That a source is `verified` proves nothing of a datagram: anybody can write that address, too. A token does.
+        """
+        good = any(hmac.compare_digest(token, self._sources.token_of(self, age)) for age in (0, 1))
+        if good:
             self._sources.verified(self)
-        return self.verified
+        return good
 
     # What follows is for the host.
 
@@ -285,5 +289,5 @@ class Sources:
     def token_of(self, source: Source[Any], age: int) -> bytes:
         """Return the token of a source that is good now, or was ``age`` periods ago."""
         period = int(trio.current_time() // TOKEN_PERIOD) - age
-        text = f"{source.address} {period}".encode()
+        text = f"{source.name} {period}".encode()  # all of it: an address of a link is one on that link only
         return hashlib.blake2b(text, key=self._secret, digest_size=TOKEN_BYTES).digest()

@@ -264,6 +264,36 @@ async def test_a_token_is_good_for_its_address_and_for_a_minute_or_two(autojump_
         token = first.token()
         await trio.sleep(TOKEN_PERIOD)
         assert first.verify(token)
+        assert not first.verify(bytes(16))  # anybody can write a verified address, too
+        assert first.verified
+        assert first.verify(token)
+        await trio.sleep(TOKEN_PERIOD)
+        assert not first.verify(token)
+
+
+def test_a_token_is_good_on_its_link_only() -> None:
+    """Neighbours on two links may have the same link-local address."""
+
+    async def main() -> None:
+        sources = Sources(Recording(), 1.0, max_sources=2, idle_within=10.0, on_forget=lambda source: None)
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            one, other = (sources.add(sock, ("fe80::1", 9, 0, link), trio.current_time()) for link in (2, 3))
+        assert one.address == other.address
+        assert not other.verify(one.token())
+        assert one.verify(one.token())
+
+    trio.run(main)
+
+
+async def test_a_server_that_cannot_begin_gives_its_sockets_back() -> None:
+    """One of them is closed already: the others are not left open by their doubles."""
+    sockets = [*await open_datagram_sockets("udp://127.0.0.1:0"), *await open_datagram_sockets("udp://127.0.0.1:0")]
+    name = sockets[0].getsockname()
+    sockets[1].close()
+    with pytest.raises(OSError, match="descriptor"):
+        await serve_datagrams(echo, sockets)
+    with socket.socket(type=socket.SOCK_DGRAM) as again:
+        again.bind(name)  # in use as long as the socket or its double is open
 
 
 # The bounds

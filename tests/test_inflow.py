@@ -228,3 +228,20 @@ def test_wrong_rates_are_named(options: dict[str, Any], error: type[Exception], 
     """At once, and not when the first message comes."""
     with pytest.raises(error, match=words):
         InputRates(**options)
+
+
+async def test_giving_back_for_a_sender_that_is_gone_keeps_nothing_of_it() -> None:
+    """Its connection may end by the very refusal of a message; what all share is given back nevertheless."""
+    inflow = Inflow(InputRates(message_rate=Rate(1), total_message_rate=Rate(2), burst=1), nobody)
+
+    class Sender:
+        pass
+
+    sender = Sender()
+    assert inflow.take(sender, [b"x"]) == 1
+    inflow.forget(sender)
+    inflow.give_back(sender, [b"x"])
+    gone = weakref.ref(sender)
+    del sender
+    assert gone() is None
+    assert [inflow.take(name, [b"x"]) for name in "abc"] == [1, 1, 0]
