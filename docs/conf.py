@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import attrs
+
 import stagetrio
 
 project = "stagetrio"
@@ -55,5 +57,16 @@ def _sections_to_fields(app, what, name, obj, options, lines):  # the signature 
     lines[:] = out
 
 
+_ATTRS_DEFAULT = re.compile(r"attr_dict\['(\w+)'\]\.default")
+
+
+def _attrs_defaults(app, what, name, obj, options, signature, returns):  # the signature is autodoc's
+    """Show the defaults of attrs classes, and not the expressions of their generated ``__init__``."""
+    if signature and attrs.has(obj):
+        signature = _ATTRS_DEFAULT.sub(lambda match: repr(getattr(attrs.fields(obj), match[1]).default), signature)
+    return signature, returns
+
+
 def setup(app):
+    app.connect("autodoc-process-signature", _attrs_defaults)
     app.connect("autodoc-process-docstring", _sections_to_fields, priority=900)  # after napoleon

@@ -103,7 +103,7 @@ class Ticket:
 
     @property
     def lost(self) -> str | None:
-        """Why the ticket was taken away, or None while it is not: what cleanup code in the block can read."""
+        """Why the ticket was taken away, or None while it is not; for cleanup code in the block."""
         if not self.leased:
             return None
         if self._lost is None and self._left is None and current_time() >= self._deadline:
@@ -112,7 +112,7 @@ class Ticket:
 
     @property
     def held(self) -> bool:
-        """Whether the ticket still counts: until its block is left or it is released, also past its lease."""
+        """Whether the ticket still counts, as until its block is left or it is released, also past its lease."""
         return self.fence > 0 and self._left is None
 
     @property

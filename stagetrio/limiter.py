@@ -1,7 +1,8 @@
 """Limits: rates here, concurrency that adapts in `stagetrio.adaptive`, and what a refusal looks like.
 
-`Overloaded` is the one refusal of the whole library: every ``*_nowait`` function of every room raises it, with the
-reason and the time after which another attempt is worth making.
+`Overloaded` is the one refusal of the whole library: every ``*_nowait`` function that puts something in, or takes a
+place, raises it, with the reason and the time after which another attempt is worth making. (One that finds nothing to
+take out, such as ``receive_nowait``, raises Trio's own `trio.WouldBlock`: nobody was refused.)
 
 Theory of operation (`RateLimiter`). A token bucket needs no bucket and no refill: the generic cell rate algorithm
 keeps one number, the *theoretical arrival time* ``tat``, which is when the bucket will be full again. A request of

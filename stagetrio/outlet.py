@@ -80,7 +80,7 @@ class Outlet(Generic[F, T]):
 
     @property
     def hurried(self) -> bool:
-        """Whether taking is nothing but taking: nobody waits to send, nothing ends, nothing is shed."""
+        """Whether taking is nothing but taking, as nobody waits to send, nothing ends and nothing is shed."""
         intake = self._intake
         return self._opened and not (intake.waiting or intake.closed or self.sojourn is not None)
 

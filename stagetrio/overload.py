@@ -9,7 +9,9 @@ class Overloaded(trio.WouldBlock):
     """A bound was reached, so the work was refused and nothing of it was done.
 
     Args:
-        reason: Which bound: ``"queue"``, ``"flow"``, ``"rate"``, ``"tickets"`` or ``"waiting"``.
+        reason: Which bound: of all that is queued (``"queue"``) or of one flow (``"flow"``), ``"rate"``, ``"tickets"``,
+            those who are ``"waiting"``, the ``"tasks"`` of a pool, the ``"outbox"`` of a peer, or what is sent to an
+            ``"unverified"`` source of datagrams.
         retry_after: Seconds after which another attempt may succeed, an estimate, ≥ 0; 0 when nothing is known.
     """
 

@@ -11,7 +11,7 @@
             nursery.cancel_scope.cancel()          # or finish what is in hand first, within worker.grace seconds
 
     # what the arbiter runs
-    trio.run(prefork.serve, "game:serve", ["tcp://0.0.0.0:8800"])
+    trio.run(partial(prefork.serve, "game:serve", ["tcp://0.0.0.0:8800"], processes=4))
 
 The arbiter never imports what it serves: it cannot be broken by it, and a reload gets the code as it is then. What the
 workers do stands in ``arbiter.py`` (which of them there are), ``worker_process.py`` (how one is watched and ended),

@@ -90,7 +90,7 @@ class Shedder:
 
     @property
     def level(self) -> float:
-        """The share of priorities admitted now: a caller that knows it need not ask in vain."""
+        """The share of priorities admitted now; a caller that knows it need not ask in vain."""
         return self._level
 
     def admit(self, priority: float) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -12,6 +15,9 @@ from pathlib import Path
 
 import attrs
 import pytest
+
+from stagetrio.overload import Overloaded
+from stagetrio.rules import PeerLimits
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -123,3 +129,37 @@ def test_every_module_is_documented() -> None:
     documented = set(re.findall(r"^\.\. auto\w+:: stagetrio\.(\w+)", text, re.M))
     modules = {path.stem for path in (ROOT / "stagetrio").glob("*.py") if not path.name.startswith("__")}
     assert sorted(modules - documented) == []
+
+
+def test_what_stands_before_a_colon_is_not_taken_for_the_type_of_a_property() -> None:
+    """Napoleon does, in the first line of a property's docstring, unless the colon is in code."""
+    garbled = []
+    for path in (ROOT / "stagetrio").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "property" in map(ast.unparse, node.decorator_list):
+                (first, *_) = (ast.get_docstring(node) or "").splitlines() or [""]
+                if ":" in re.sub("`[^`]*`", "", first):
+                    garbled.append(f"{path.name}: {node.name}")
+    assert garbled == []
+
+
+def test_the_defaults_of_attrs_classes_are_shown() -> None:
+    """Not the expressions by which their generated ``__init__`` gets them."""
+    spec = importlib.util.spec_from_file_location("conf", ROOT / "docs/conf.py")
+    assert spec is not None
+    assert spec.loader is not None
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
+    generated = inspect.getsource(PeerLimits.__init__).splitlines()[0]
+    signature, _ = conf._attrs_defaults(None, "class", "PeerLimits", PeerLimits, None, generated, None)
+    assert "max_decoded=64, " in signature
+    assert "attr_dict" in generated
+    assert "attr_dict" not in signature
+
+
+def test_every_reason_of_a_refusal_is_documented() -> None:
+    """Who catches `Overloaded` can tell the bounds apart."""
+    sources = "".join(path.read_text() for path in (ROOT / "stagetrio").rglob("*.py"))
+    reasons = set(re.findall(r'Overloaded\("(\w+)"', sources))
+    assert len(reasons) > 3
+    assert sorted(reason for reason in reasons if f'``"{reason}"``' not in str(Overloaded.__doc__)) == []

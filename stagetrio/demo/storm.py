@@ -126,7 +126,7 @@ class Storm:
 
     @property
     def database_slow(self) -> tuple[float, float]:
-        """When the database is slow: 3 s in the middle, or a third of a storm shorter than 9 s."""
+        """When the database is slow, which is 3 s in the middle, or a third of a storm shorter than 9 s."""
         half = min(3.0, self.seconds / 3) / 2
         return self.seconds / 2 - half, self.seconds / 2 + half
 
