@@ -647,7 +647,7 @@ async def test_the_grace_of_a_drain_ends(autojump_clock: MockClock) -> None:
         ({"amplification": -1}, ValueError, "amplification must not be negative, not -1"),
         ({"max_sources": 0}, ValueError, "max_sources must be at least 1, not 0"),
         ({"idle_within": 0}, ValueError, "idle_within must be positive, not 0"),
-        ({"workers": 0}, ValueError, "workers must be at least 1, not 0"),
+        ({"workers": 0}, ValueError, "workers must be >= 1, not 0"),
         ({"max_items_per_source": 0}, ValueError, "max_items_per_flow must be at least 1, not 0"),
     ],
 )

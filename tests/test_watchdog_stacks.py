@@ -166,7 +166,7 @@ async def test_the_end_of_a_greenlet_is_an_error_like_others(watchdog: Watchdog)
 
 
 async def test_anything_that_can_be_awaited_can_be_run(watchdog: Watchdog) -> None:
-    """A function may return an object with ``__await__``; what cannot be awaited is refused as by ``await``."""
+    """A function may return an object with ``__await__``; what cannot be awaited is refused."""
 
     class Awaitable:
         def __await__(self) -> Generator[Any, Any, int]:
@@ -175,7 +175,7 @@ async def test_anything_that_can_be_awaited_can_be_run(watchdog: Watchdog) -> No
 
     assert await watchdog.run(Awaitable) == 7
     not_async: Any = lambda: None  # noqa: E731
-    with pytest.raises(TypeError, match="await"):
+    with pytest.raises(TypeError, match="fn must be an async function, not one that returns None"):
         await watchdog.run(not_async)
     assert await watchdog.run(Awaitable) == 7
 
