@@ -17,7 +17,7 @@ from trio.lowlevel import checkpoint, enable_ki_protection
 
 from stagetrio.amounts import check_count
 from stagetrio.fair_order import FairOrder
-from stagetrio.flow import EMPTY, Delivery, F, T, check_positive
+from stagetrio.flow import EMPTY, MOST, Delivery, F, T, check_positive
 from stagetrio.intake import FlowChannel, Intake
 from stagetrio.longest import Longest
 from stagetrio.outlet import Outlet
@@ -69,7 +69,7 @@ class FairQueue(Generic[F, T]):
     Args:
         max_items: Items queued at once, over all flows; ≥ 1 or `math.inf`.
         max_items_per_flow: Items of one flow queued at once; ≥ 1 or `math.inf`.
-        weight: The weight of a flow (finite, above 0), asked when the flow is first seen; None: all weigh 1.0.
+        weight: The weight of a flow (from 1e-60 to 1e60), asked when the flow is first seen; None: all weigh 1.0.
         overflow: What happens to a `send` for which there is no place. ``"wait"``: it waits. ``"refuse"``: it gets
             `Overloaded`, as `send_nowait` does in any case. ``"evict"``: where ``max_items`` is the bound, the flow
             with the most items loses its newest one to ``on_shed``, and only where it is the one that sends, it waits.
@@ -150,7 +150,7 @@ class FairQueue(Generic[F, T]):
         Args:
             flow: Whose item it is.
             item: Anything.
-            cost: The work it is, finite and above 0.
+            cost: The work it is, from 1e-60 to 1e60.
             deadline: When it is not worth serving any more, absolute, by `trio.current_time`.
 
         Raises:
@@ -181,7 +181,7 @@ class FairQueue(Generic[F, T]):
         Args:
             flow: Whose item it is.
             item: Anything.
-            cost: The work it is, finite and above 0.
+            cost: The work it is, from 1e-60 to 1e60.
             deadline: When it is not worth serving any more, absolute, by `trio.current_time`. It does not end the wait.
 
         Raises:
@@ -195,6 +195,7 @@ class FairQueue(Generic[F, T]):
             record = self._order.flow(flow)
         await self._intake.send(record, item, cost, deadline)
 
+    @enable_ki_protection
     def open_flow(self, flow: F, *, weight: float | None = None) -> FlowChannel[F, T]:
         """Return a channel that sends to one flow, faster than by the flow's name.
 
@@ -278,17 +279,20 @@ class FairQueue(Generic[F, T]):
             check_count("max_items", max_items, 1)
         return await self._outlet.take(self._outlet.take_deliveries, max_items)
 
+    @enable_ki_protection
     def receive_runs_nowait(self, max_items: int, quantum: float) -> list[Run[F, T]]:
         """Take items in runs of one flow each, up to ``quantum`` of estimated work: for a consumer that serves in turn.
 
         Args:
             max_items: How many at most, ≥ 1.
-            quantum: The work of a run, in the unit of the queue, > 0; a dearer item is a run of its own.
+            quantum: The work of a run, in the unit of the queue, ≥ 0; a dearer item is a run of its own.
 
         Raises:
             trio.WouldBlock: There is nothing now.
             trio.EndOfChannel: The queue is closed, and nothing is left in it.
         """
+        if not (max_items >= 1 and quantum >= 0):
+            raise ValueError(f"max_items must be at least 1 and quantum at least 0, not {max_items!r} and {quantum!r}")
         if not self._intake.items and not self._intake.closed:
             raise trio.WouldBlock
         if self._outlet.hurried and isinstance(self._order, FairOrder):
@@ -313,6 +317,7 @@ class FairQueue(Generic[F, T]):
 
         return take
 
+    @enable_ki_protection
     def put_back(self, run: Run[F, T]) -> bool:
         """Give the items of a run that have not begun back to the front of their flow, to be ordered anew.
 
@@ -341,10 +346,10 @@ class FairQueue(Generic[F, T]):
         """Book work of a flow beyond (or, negative, below) what was declared for it; divided by the flow's weight.
 
         Raises:
-            ValueError: ``delta`` is not finite.
+            ValueError: ``delta`` is not finite, or beyond 1e60.
         """
-        if not math.isfinite(delta):
-            raise ValueError(f"delta must be finite, not {delta!r}")
+        if not -MOST <= delta <= MOST:
+            raise ValueError(f"delta must be finite and at most {MOST} either way, not {delta!r}")
         record = self._order.flow(flow)
         record.order.charge(record, delta)
 

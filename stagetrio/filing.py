@@ -86,10 +86,12 @@ class Filing(Generic[F, T]):
                 self._forget()
             record = self.flows[key] = Flow(key, weight, self, self._entry(), self._newcomers)
             self._ring.append(record)
-        elif weight is not None:
+        elif weight is not None and weight != record.weight:
             if record.filed is not None:
                 self._weight += weight - record.weight
+            record.reserved *= record.weight / weight  # it is taken back by the new weight
             record.weight, record.inverse = weight, 1.0 / weight
+            self._move(record)
         return record
 
     def _entry(self) -> float:

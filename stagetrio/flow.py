@@ -16,17 +16,27 @@ import msgspec
 F = TypeVar("F", bound=Hashable)
 T = TypeVar("T")
 
+LEAST, MOST = 1e-60, 1e60  # of a cost or a weight: with these no product of the reckoning leaves the floats
+
 EMPTY: Any = object()
 """What `Flow.first` is while the flow has no item."""
 
 
 def check_positive(name: str, value: float) -> float:
-    """Return ``value``, or raise a `TypeError` or `ValueError` that names it unless it is finite and above 0."""
+    """Return ``value``, or raise a `TypeError` or `ValueError` that names it unless it is above 0 and in range."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, not {value!r}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be finite and above 0, not {value!r}")
+    if not LEAST <= value <= MOST:
+        raise ValueError(f"{name} must be between {LEAST} and {MOST}, not {value!r}")
     return value
+
+
+def check_actual(value: float) -> None:
+    """Raise a `ValueError` that names it unless it can be what something has cost."""
+    if not 0 <= value <= MOST:
+        raise ValueError(f"actual must be finite and at least 0, and at most {MOST}, not {value!r}")
 
 
 class Flow(Generic[F, T]):
@@ -156,8 +166,7 @@ class Delivery(msgspec.Struct, Generic[F, T], eq=False):
         """
         books = self._books
         if books is not None:
-            if not 0 <= actual < math.inf:
-                raise ValueError(f"actual must be finite and at least 0, not {actual!r}")
+            check_actual(actual)
             self._books = None
             books.settle(self._record, self.declared, self._estimate, actual)
 

@@ -429,7 +429,7 @@ class FlowChannel(trio.abc.SendChannel[T], Generic[F, T]):
 
         Args:
             items: What to send.
-            cost: The work each of them is, finite and above 0.
+            cost: The work each of them is, from 1e-60 to 1e60.
 
         Raises:
             trio.ClosedResourceError: The channel or its queue is closed.

@@ -20,7 +20,7 @@ from typing import Any, Generic
 import msgspec
 
 from stagetrio.fair_order import LEARN, LEARN_ALL, FairOrder
-from stagetrio.flow import EMPTY, F, Flow, T
+from stagetrio.flow import EMPTY, F, Flow, T, check_actual
 
 
 class Run(msgspec.Struct, Generic[F, T], eq=False):
@@ -38,6 +38,7 @@ class Run(msgspec.Struct, Generic[F, T], eq=False):
     _record: Flow[Any, Any]
     _order: FairOrder[Any, Any]
     _unsettled: int
+    _declared: float  # of each of them
 
     def settle(self, count: int, actual: float) -> None:
         """Book what ``count`` of the items have cost together.
@@ -45,18 +46,22 @@ class Run(msgspec.Struct, Generic[F, T], eq=False):
         Args:
             count: How many, of those not settled yet; ≥ 1.
             actual: Their cost, finite and ≥ 0.
+
+        Raises:
+            ValueError: ``actual`` is negative or not finite.
         """
+        check_actual(actual)
         self._unsettled -= count
-        _settle(self._order, self._record, count, self.estimate, actual)
+        _settle(self._order, self._record, count, self._declared, self.estimate, actual)
 
     def single(self, item: T) -> Run[F, T]:
         """Make an item that was popped a run of its own, to be settled on its own."""
         self._unsettled -= 1
-        return Run(self.flow, [item], self.estimate, self._record, self._order, 1)
+        return Run(self.flow, [item], self.estimate, self._record, self._order, 1, self._declared)
 
     def __del__(self) -> None:
         for _ in range(self._unsettled):
-            self._order.abandoned.append((self._record, 1.0, self.estimate))
+            self._order.abandoned.append((self._record, self._declared, self.estimate))
 
 
 def take_runs(order: FairOrder[F, T], max_items: int, quantum: float) -> list[Run[F, T]]:
@@ -65,8 +70,8 @@ def take_runs(order: FairOrder[F, T], max_items: int, quantum: float) -> list[Ru
     Cost: 2 µs per run and 0.05 µs per item.
     """
     while order.abandoned:
-        abandoned, _declared, estimate = order.abandoned.popleft()
-        _settle(order, abandoned, 1, estimate, estimate)
+        abandoned, declared, estimate = order.abandoned.popleft()
+        _settle(order, abandoned, 1, declared, estimate, estimate)
     if len(order.woken) == 1 and not (order._filed or order._held or order.in_hand):
         run = _take_lone(order, order.woken[0], max_items, quantum)
         if run is not None:
@@ -78,11 +83,13 @@ def take_runs(order: FairOrder[F, T], max_items: int, quantum: float) -> list[Ru
             break
         record.rank.next += 1
         estimate = record.rate or order._rate or 1.0
-        count = 1
+        count, declared = 1, 1.0
         if record.costs is not None:
-            estimate *= record.costs.popleft()
+            declared = record.costs.popleft()
+            estimate *= declared
         elif record.rest:
-            count = min(len(record.rest) + 1, max_items, max(1, int(quantum / estimate)))
+            fitting = quantum / estimate
+            count = min(len(record.rest) + 1, max_items, int(fitting) or 1 if fitting < max_items else max_items)
         max_items -= count
         if record.finish > order.virtual_time:
             order.virtual_time = record.finish
@@ -90,7 +97,7 @@ def take_runs(order: FairOrder[F, T], max_items: int, quantum: float) -> list[Ru
         record.in_hand += count
         record.reserved += estimate * count * record.inverse
         order.reserved += estimate * count
-        runs.append(Run(record.key, _pop(order, record, count), estimate, record, order, count))
+        runs.append(Run(record.key, _pop(order, record, count), estimate, record, order, count, declared))
     return runs
 
 
@@ -113,7 +120,8 @@ def _take_lone(order: FairOrder[F, T], record: Flow[F, T], max_items: int, quant
     order.in_hand += count
     record.in_hand += count
     record.reserved += estimate * count * record.inverse
-    return Run(record.key, items, estimate, record, order, count)
+    order.reserved += estimate * count
+    return Run(record.key, items, estimate, record, order, count, 1.0)
 
 
 def _pop(order: FairOrder[F, T], record: Flow[F, T], count: int) -> list[T]:
@@ -146,8 +154,10 @@ def put_back(run: Run[F, T]) -> int:
         return 0
     run._unsettled -= count
     _release(order, record, count, run.estimate)
+    if record.costs is None and run._declared != 1.0:
+        record.costs = deque([1.0] * len(record))
     if record.costs is not None:
-        record.costs.extendleft([1.0] * count)
+        record.costs.extendleft([run._declared] * count)
     if record.first is EMPTY:
         order.woken.append(record)
     else:
@@ -163,8 +173,10 @@ def put_back(run: Run[F, T]) -> int:
     return count
 
 
-def _settle(order: FairOrder[Any, Any], record: Flow[Any, Any], count: int, estimate: float, actual: float) -> None:
-    rate = actual / count
+def _settle(
+    order: FairOrder[Any, Any], record: Flow[Any, Any], count: int, declared: float, estimate: float, actual: float
+) -> None:
+    rate = actual / (count * declared)
     if record.rate:
         record.rate += LEARN * (rate - record.rate)
     else:

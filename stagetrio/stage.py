@@ -464,7 +464,7 @@ class Stage(Generic[T]):
         """Return what the handler in hand has held the loop for, which has ended, whatever way."""
         worker.on_lane = False
         assert worker.lane is not None
-        return worker.lane.end()
+        return max(0.0, worker.lane.end())  # a difference of sums, what others have held discounted
 
     def _preempted(self, worker: Worker[T]) -> None:
         """The worker's handler waits for its turn to hold the loop."""

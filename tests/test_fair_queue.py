@@ -467,3 +467,72 @@ async def test_a_batch_of_another_kind_is_refused(bad: Any) -> None:
                 await wait(bad)
         queue.send_nowait("a", 1)
     assert queue.receive_batch_nowait(9) == [1, 1]
+
+
+@pytest.mark.parametrize("before", [0.01, 100.0])
+async def test_a_weight_changed_with_items_in_hand_leaves_no_debt_and_no_credit(before: float) -> None:
+    """What an item in hand has reserved by the old weight is not held against the flow, or for it, by the new one."""
+    queue: FairQueue[str, int] = FairQueue(1000)
+    changed = queue.open_flow("changed", weight=before)
+    for item in range(100):
+        changed.send_nowait(item)
+    first, _second = queue.receive_delivery_nowait(), queue.receive_delivery_nowait()
+    other = queue.open_flow("other")
+    for item in range(100):
+        other.send_nowait(item)
+    queue.open_flow("changed", weight=1.0)
+    first.settle(1.0)
+    flows = []
+    for _ in range(20):
+        delivery = queue.receive_delivery_nowait()
+        delivery.settle(1.0)
+        flows.append(delivery.flow)
+    assert flows.count("changed") >= 8
+    assert flows.count("other") >= 8
+
+
+@pytest.mark.parametrize("extreme", [1e-61, 1e61, 5e-324, 1.7e308])
+async def test_costs_and_weights_that_would_leave_the_floats_are_refused(extreme: float) -> None:
+    """One such item would make the tags of everybody infinite or not a number; at the bounds all goes on in turn."""
+    queue: FairQueue[str, int] = FairQueue(100)
+    with pytest.raises(ValueError, match="cost must be between"):
+        queue.send_nowait("a", 1, cost=extreme)
+    with pytest.raises(ValueError, match="weight must be between"):
+        queue.open_flow("a", weight=extreme)
+    bound = 1e-60 if extreme < 1 else 1e60
+    extremes = queue.open_flow("extreme", weight=1 / bound)
+    for item in range(10):
+        extremes.send_nowait(item, cost=bound)
+        queue.send_nowait("ordinary", item)
+    served = []
+    for _ in range(20):
+        delivery = queue.receive_delivery_nowait()
+        delivery.settle(1e60 if delivery.flow == "extreme" else 1.0)
+        served.append(delivery.flow)
+    assert sorted(served) == ["extreme"] * 10 + ["ordinary"] * 10
+    with pytest.raises(ValueError, match="delta must be finite"):
+        queue.charge("a", 1e61)
+
+
+async def test_ctrl_c_does_not_come_between_an_item_and_its_count() -> None:
+    """Whatever changes the queue holds Ctrl-C off while it does, as a key that is asked then can tell."""
+    held_off = []
+
+    class Key(str):
+        __slots__ = ()
+
+        def __hash__(self) -> int:
+            held_off.append(trio.lowlevel.currently_ki_protected())
+            return super().__hash__()
+
+    queue: FairQueue[str, int] = FairQueue(10)
+    channel = queue.open_flow(Key("a"))
+    queue.send_nowait(Key("a"), 1)
+    await queue.send(Key("a"), 2)
+    queue.hold(Key("a"))
+    queue.resume(Key("a"))
+    queue.charge(Key("a"), 1.0)
+    queue.discard(Key("a"))
+    channel.close()
+    assert len(held_off) >= 7
+    assert all(held_off)

@@ -137,3 +137,60 @@ async def test_waiting_and_the_end() -> None:
         queue.receive_runs_nowait(1, 1.0)
     with pytest.raises(trio.EndOfChannel):
         await queue.receive_run(1.0)
+
+
+async def test_declared_costs_are_learned_from_per_unit_and_survive_being_put_back() -> None:
+    """What costs as declared is estimated as declared, and the estimate does not grow by the cost each time."""
+    queue: FairQueue[str, int] = FairQueue(10)
+    for _ in range(3):
+        queue.send_nowait("a", 1, cost=5.0)
+        (run,) = queue.receive_runs_nowait(1, 1.0)
+        assert run.estimate == 5.0
+        run.items.pop()
+        run.settle(1, 5.0)
+    queue.send_nowait("a", 1, cost=5.0)
+    queue.send_nowait("a", 2, cost=3.0)
+    (run,) = queue.receive_runs_nowait(1, 1.0)
+    assert queue.put_back(run)
+    assert [queue.receive_delivery_nowait().declared for _ in range(2)] == [5.0, 3.0]
+    queue.send_nowait("a", 3, cost=5.0)
+    (run,) = queue.receive_runs_nowait(1, 1.0)
+    queue.send_nowait("a", 4)
+    assert queue.put_back(run)
+    assert [queue.receive_delivery_nowait().declared for _ in range(2)] == [5.0, 1.0]
+
+
+@pytest.mark.parametrize("actual", [0.0, 1e-60])
+async def test_a_run_of_what_costs_nothing_is_bounded_by_its_items(actual: float) -> None:
+    """However often a flow has cost next to nothing, and however long a run may be, it has at most ``max_items``."""
+    queue: FairQueue[str, int] = FairQueue(100)
+    for _ in range(3000):
+        queue.send_nowait("a", 0)
+        (run,) = queue.receive_runs_nowait(1, 0.1)
+        run.settle(1, actual)
+    for quantum in (1e300, float("inf")):
+        for item in range(20):
+            queue.send_nowait("a", item)
+        queue.send_nowait("b", 0)
+        assert {run.flow: len(run.items) for run in queue.receive_runs_nowait(15, quantum)}["a"] >= 10
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf"), 1e100])
+async def test_a_cost_that_cannot_be_is_not_booked(bad: float) -> None:
+    """It is refused by name, and the run can still be settled."""
+    queue: FairQueue[str, int] = FairQueue(10)
+    queue.send_nowait("a", 1)
+    (run,) = queue.receive_runs_nowait(1, 1.0)
+    with pytest.raises(ValueError, match="actual must be finite"):
+        run.settle(1, bad)
+    assert queue.statistics().in_hand == 1
+    run.settle(1, 2.0)
+    assert queue.statistics().in_hand == 0
+
+
+@pytest.mark.parametrize(("max_items", "quantum"), [(0, 1.0), (1, -1.0), (1, float("nan"))])
+async def test_runs_out_of_range_are_refused(max_items: int, quantum: float) -> None:
+    """Also where there is nothing to take."""
+    queue: FairQueue[str, int] = FairQueue(10)
+    with pytest.raises(ValueError, match="max_items must be at least 1 and quantum at least 0"):
+        queue.receive_runs_nowait(max_items, quantum)
