@@ -49,6 +49,7 @@ class AdaptiveLimiter:
 
     A token whose ``async with`` block raises, or is cancelled, teaches nothing; a `TicketStage` does the same. Those
     who call `release` themselves say what they know: `release` for work that was done, `forget` for work that was not.
+    ``trio.to_thread.run_sync(fn, limiter=...)`` releases whatever became of ``fn``, so one that raised is learnt from.
 
     Args:
         initial: The limit to begin with, ≥ 1. Too low is mended in a few windows; too high overloads meanwhile.

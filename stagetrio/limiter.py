@@ -61,7 +61,7 @@ class Rate:
     """So much per so many seconds: ``Rate(100)`` is 100/s, ``Rate(5, per=60)`` is five a minute.
 
     Args:
-        count: Units of cost, > 0; ``math.inf`` for no limit.
+        count: Units of cost, > 0; ``math.inf`` for no limit. One of them takes a finite time.
         per: Seconds in which they may pass, > 0 and finite.
     """
 
@@ -71,6 +71,8 @@ class Rate:
     def __attrs_post_init__(self) -> None:
         if self.per == math.inf:
             raise ValueError("per must be finite, not inf")
+        if self.interval == math.inf:
+            raise ValueError(f"count must be such that one takes a finite time, not {self.count!r}")
 
     @property
     def interval(self) -> float:
@@ -135,6 +137,8 @@ class RateLimiter:
             raise TypeError(f"parent must be a RateLimiter or the flow of a FlowRateLimiter, not {parent!r}")
         check_above_zero("burst", burst)
         check_amount("max_waiting", max_waiting)
+        if burst < math.inf and burst * rate.interval == math.inf:
+            raise ValueError(f"burst must be smaller, to be refilled in a finite time at {rate!r}, not {burst!r}")
         self.rate = rate
         self.burst = burst
         self.parent = parent
@@ -145,11 +149,12 @@ class RateLimiter:
         self._passed = 0
         self._refused = 0
 
+    @trio.lowlevel.enable_ki_protection
     def acquire_nowait(self, cost: float = 1.0) -> None:
         """Draw `cost` units now.
 
         Args:
-            cost: Units, ≥ 0 and at most ``burst``.
+            cost: Units, ≥ 0, finite and at most ``burst``.
 
         Raises:
             Overloaded: They are not there, or others wait in line for theirs; reason ``"rate"``.
@@ -166,11 +171,12 @@ class RateLimiter:
         for level in levels:
             level._take(cost, now)
 
+    @trio.lowlevel.enable_ki_protection
     async def acquire(self, cost: float = 1.0) -> None:
         """Wait in line for `cost` units and draw them.
 
         Args:
-            cost: Units, ≥ 0 and at most ``burst``.
+            cost: Units, ≥ 0, finite and at most ``burst``.
 
         Raises:
             Overloaded: ``max_waiting`` tasks are in line already; reason ``"waiting"``.
@@ -192,7 +198,7 @@ class RateLimiter:
         """Return the seconds until a request of `cost` made now would pass, behind those in line; ≥ 0.
 
         Args:
-            cost: Units, ≥ 0 and at most ``burst``.
+            cost: Units, ≥ 0, finite and at most ``burst``.
 
         Raises:
             ValueError: `cost` can never pass.
@@ -213,7 +219,7 @@ class RateLimiter:
         while (parent := levels[-1].parent) is not None:
             levels.append(parent._limiter() if isinstance(parent, FlowRateLimit) else parent)
         for level in levels:
-            if not 0 <= cost <= level.burst:
+            if not 0 <= cost <= level.burst or cost == math.inf:
                 raise ValueError(f"cost must be between 0 and the burst {level.burst!r}, not {cost!r}")
         return levels
 
@@ -331,6 +337,7 @@ class FlowRateLimiter:
         self._evicted = 0
         self._turned_away = 0
 
+    @trio.lowlevel.enable_ki_protection
     def acquire_nowait(self, flow: Hashable, cost: float = 1.0) -> None:
         """Draw `cost` units of `flow` now.
 
@@ -340,6 +347,7 @@ class FlowRateLimiter:
         """
         self._limiter(flow).acquire_nowait(cost)
 
+    @trio.lowlevel.enable_ki_protection
     async def acquire(self, flow: Hashable, cost: float = 1.0) -> None:
         """Wait in the line of `flow` for `cost` units and draw them.
 
@@ -351,6 +359,7 @@ class FlowRateLimiter:
         """
         await self._limiter(flow).acquire(cost)
 
+    @trio.lowlevel.enable_ki_protection
     def delay(self, flow: Hashable, cost: float = 1.0) -> float:
         """Return the seconds until a request of `cost` made now by `flow` would pass; ≥ 0.
 

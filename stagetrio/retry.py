@@ -128,7 +128,7 @@ class RetryBudget:
 
     def _delay(self, attempt: int, error: Exception) -> float | None:
         """Seconds to wait after so many attempts; None when that would be too long."""
-        longest: float = min(self._max_delay, self._first_delay * 2.0 ** (attempt - 1))
+        longest: float = min(self._max_delay, self._first_delay * 2.0 ** min(attempt - 1, 1000))
         asked = error.retry_after if isinstance(error, Overloaded) else 0.0
         if asked > self._max_delay:
             return None

@@ -17,10 +17,11 @@ def refusal(limiter: RateLimiter, cost: float = 1.0) -> Overloaded:
 
 
 @pytest.mark.parametrize(
-    ("count", "per", "name"), [(0, 1, "count"), (-1, 1, "count"), (1, 0, "per"), (1, math.inf, "per")]
+    ("count", "per", "name"),
+    [(0, 1, "count"), (-1, 1, "count"), (1, 0, "per"), (1, math.inf, "per"), (5e-324, 1, "count")],
 )
 def test_rate_rejects_what_is_no_rate(count: float, per: float, name: str) -> None:
-    """A rate that is not positive, or per an infinite time, is refused by the name of the argument."""
+    """A rate that is not positive, or takes an infinite time, is refused by the name of the argument."""
     with pytest.raises(ValueError, match=name):
         Rate(count, per)
 
@@ -41,6 +42,8 @@ def test_rate_limiter_rejects_bad_arguments() -> None:
         FlowRateLimiter(Rate(1), burst=1, max_flows=0)
     with pytest.raises(ValueError, match="burst"):
         FlowRateLimiter(Rate(1), burst=-1, max_flows=1)
+    with pytest.raises(ValueError, match="burst must be smaller"):
+        RateLimiter(Rate(1e-300), burst=1e10)
 
 
 async def test_a_burst_passes_at_once_and_then_the_rate_governs(autojump_clock: trio.testing.MockClock) -> None:
@@ -78,6 +81,38 @@ async def test_a_cost_that_can_never_pass_is_an_error(autojump_clock: trio.testi
         with pytest.raises(ValueError, match="cost"):
             await limiter.acquire(cost)
     assert limiter.delay(3) == 0
+
+
+async def test_an_infinite_cost_is_an_error_also_without_a_burst(autojump_clock: trio.testing.MockClock) -> None:
+    """Booked, it would be no time at all to reckon with, and no flow could be forgotten any more."""
+    flows = FlowRateLimiter(Rate(math.inf), burst=math.inf, max_flows=1)
+    for cost in (math.inf, math.nan):
+        with pytest.raises(ValueError, match="cost"):
+            flows.acquire_nowait("a", cost)
+    flows.acquire_nowait("b")
+    assert list(flows) == ["b"]
+
+
+class Watched(float):
+    """A cost that notes whether Ctrl-C is held off while it is booked."""
+
+    held_off: list[bool]
+
+    def __mul__(self, other: float) -> float:
+        self.held_off.append(trio.lowlevel.currently_ki_protected())
+        return float(self) * other
+
+
+async def test_ctrl_c_does_not_come_between_two_limits_of_a_tree(autojump_clock: trio.testing.MockClock) -> None:
+    """What is drawn from all or none is booked out of the reach of Ctrl-C, at once or after a wait in line."""
+    limits = FlowRateLimiter(Rate(1), burst=1, max_flows=9, parent=RateLimiter(Rate(1), burst=1))
+    cost = Watched(1.0)
+    cost.held_off = []
+    limits.acquire_nowait("a", cost)
+    await limits.acquire("b", cost)
+    await limits.acquire("c", cost)
+    assert len(cost.held_off) >= 6
+    assert all(cost.held_off)
 
 
 async def test_an_infinite_rate_lets_everything_pass(autojump_clock: trio.testing.MockClock) -> None:

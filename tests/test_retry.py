@@ -144,3 +144,15 @@ def test_wrong_arguments_are_refused_by_name(argument: str, value: float) -> Non
     """A wrong constructor argument is named in the error."""
     with pytest.raises(ValueError, match=argument):
         RetryBudget(**{argument: value})  # type: ignore[arg-type]
+
+
+async def test_retrying_may_go_on_for_thousands_of_attempts(autojump_clock: MockClock) -> None:
+    """The delay stops doubling at ``max_delay``, and what comes out in the end is what the last attempt raised."""
+    budget = RetryBudget(attempts=1100, burst=math.inf, max_delay=1)
+
+    async def fail() -> None:
+        raise Overloaded("queue")
+
+    with pytest.raises(Overloaded):
+        await budget.call(fail)
+    assert budget.statistics().retries == 1099
