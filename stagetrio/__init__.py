@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from stagetrio.framing import Lines as Lines
     from stagetrio.framing import ProtocolError as ProtocolError
     from stagetrio.inflow import InputRates as InputRates
+    from stagetrio.jobs import Again as Again
+    from stagetrio.jobs import JobInterrupted as JobInterrupted
     from stagetrio.lease import LeaseLost as LeaseLost
     from stagetrio.limiter import FlowRateLimiter as FlowRateLimiter
     from stagetrio.limiter import Rate as Rate
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from stagetrio.peer import Peer as Peer
     from stagetrio.preempt import no_preempt as no_preempt
     from stagetrio.priority import PriorityClass as PriorityClass
+    from stagetrio.processes import ProcessPool as ProcessPool
+    from stagetrio.processes import open_process_pool as open_process_pool
     from stagetrio.proxies import Proxies as Proxies
     from stagetrio.remote import Procedures as Procedures
     from stagetrio.remote import Remote as Remote
@@ -65,6 +69,8 @@ if TYPE_CHECKING:
     from stagetrio.sources import Source as Source
     from stagetrio.stage import Stage as Stage
     from stagetrio.stall import Stall as Stall
+    from stagetrio.threads import ThreadPool as ThreadPool
+    from stagetrio.threads import open_thread_pool as open_thread_pool
     from stagetrio.ticket import Ticket as Ticket
     from stagetrio.ticket import TicketRequest as TicketRequest
     from stagetrio.ticket import TicketStage as TicketStage
@@ -79,11 +85,12 @@ __version__ = "0.1.0"
 _ROOMS = {
     "AdaptiveLimiter": "adaptive",
     "Admission": "admission",
+    "Again": "jobs",
     "BudgetExceeded": "watchdog",
     "Client": "client",
     "CloseReason": "rules",
-    "CoDel": "sojourn",
     "Closed": "codec",
+    "CoDel": "sojourn",
     "Codec": "codec",
     "DatagramServer": "datagrams",
     "Delivery": "fair_queue",
@@ -92,6 +99,7 @@ _ROOMS = {
     "FairQueue": "fair_queue",
     "FlowRateLimiter": "limiter",
     "InputRates": "inflow",
+    "JobInterrupted": "jobs",
     "LeaseLost": "lease",
     "LengthPrefixed": "framing",
     "Lines": "framing",
@@ -102,6 +110,7 @@ _ROOMS = {
     "PeerLimits": "rules",
     "PriorityClass": "priority",
     "Procedures": "remote",
+    "ProcessPool": "processes",
     "ProtocolError": "framing",
     "Proxies": "proxies",
     "Rate": "limiter",
@@ -118,6 +127,7 @@ _ROOMS = {
     "Stage": "stage",
     "StageServer": "server",
     "Stall": "stall",
+    "ThreadPool": "threads",
     "Ticket": "ticket",
     "TicketRequest": "ticket",
     "TicketStage": "ticket",
@@ -125,13 +135,15 @@ _ROOMS = {
     "WorkerLost": "remote",
     "no_preempt": "preempt",
     "open_client": "client",
-    "open_fair_channel": "fair_channel",
     "open_datagram_sockets": "sockets",
+    "open_fair_channel": "fair_channel",
     "open_listeners": "sockets",
     "open_nursery_pool": "nursery_pool",
+    "open_process_pool": "processes",
     "open_remote": "remote",
     "open_remote_stream": "remote",
     "open_remote_workers": "remote",
+    "open_thread_pool": "threads",
     "open_watchdog": "watchdog",
     "secure": "tls",
     "serve_datagrams": "datagrams",

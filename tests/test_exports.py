@@ -67,7 +67,9 @@ def test_importing_the_package_loads_no_room() -> None:
     assert {name for name in loaded_by("import stagetrio") if name.startswith("stagetrio.")} == set()
 
 
-@pytest.mark.parametrize("name", ["FairQueue", "RateLimiter", "TicketStage", "Snapshot", "open_nursery_pool", "Pacer"])
+@pytest.mark.parametrize(
+    "name", ["FairQueue", "RateLimiter", "TicketStage", "Snapshot", "open_nursery_pool", "Pacer", "open_thread_pool"]
+)
 def test_a_primitive_loads_nothing_heavy(name: str) -> None:
     """Whoever imports one primitive does not pay for the codec, the stacks of the watchdog, or the server."""
     heavy = {"cattrs", "greenlet", "rich", "stagetrio.server", "stagetrio.watchdog", "stagetrio.codec"}

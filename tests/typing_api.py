@@ -16,6 +16,7 @@ import trio
 
 from stagetrio import (
     AdaptiveLimiter,
+    Again,
     BudgetExceeded,
     CloseReason,
     Codec,
@@ -24,6 +25,7 @@ from stagetrio import (
     FairQueue,
     FlowRateLimiter,
     InputRates,
+    JobInterrupted,
     LeaseLost,
     LengthPrefixed,
     Lines,
@@ -33,6 +35,7 @@ from stagetrio import (
     Peer,
     PeerLimits,
     Procedures,
+    ProcessPool,
     Proxies,
     Rate,
     RateLimiter,
@@ -44,18 +47,22 @@ from stagetrio import (
     Stage,
     StageServer,
     Stall,
+    ThreadPool,
     Ticket,
     TicketRequest,
     TicketStage,
     WorkerLost,
+    jobs,
     no_preempt,
     open_client,
     open_datagram_sockets,
     open_listeners,
     open_nursery_pool,
+    open_process_pool,
     open_remote,
     open_remote_stream,
     open_remote_workers,
+    open_thread_pool,
     open_watchdog,
     serve_datagrams,
     serve_remote,
@@ -362,6 +369,36 @@ async def watchdogs() -> None:
         with no_preempt():
             pass
         assert_type(watchdog.statistics().forced, int)
+
+
+# Pools know what a function takes and returns; a job says what it has to say by its module's functions.
+
+
+def job(size: int, name: str) -> bytes | Again:
+    jobs.report(size)
+    jobs.check_cancelled()
+    jobs.give_way()
+    try:
+        with jobs.blocking():
+            return Again(1.5)
+    except JobInterrupted:
+        return name.encode()
+
+
+async def worker_pools() -> None:
+    async with open_thread_pool(4, max_running=1) as threads, open_process_pool(2, warm=1) as processes:
+        assert_type(threads, ThreadPool)
+        assert_type(processes, ProcessPool)
+        assert_type(await threads.call(len, "four", flow="ada", key="four", interrupt=True), int)
+        assert_type(await processes.call(len, "four"), int)
+        assert_type(await threads.call_batch(len, ["a", "b"]), list[int])
+        assert_type(await processes.call_batch(len, ["a", "b"]), list[int])
+        async with threads.run(job, 3, "x") as progress:
+            async for _ in progress:
+                pass
+        assert_type(await progress.result(), bytes | Again)
+        await threads.call(job, "3", "x")  # type: ignore[arg-type]
+        await processes.call(job, 3)  # type: ignore[arg-type]
 
 
 # An app is what its decorators collect; they leave the functions as they are.
