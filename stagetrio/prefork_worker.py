@@ -36,7 +36,7 @@ from typing import Any
 
 import trio
 
-ORPHAN_SECONDS = 5.0  # given to a worker whose arbiter is gone to unwind what the grace has cut off
+ORPHAN_SECONDS = 2.0  # given to a worker whose arbiter is gone to unwind what the grace has cut off
 ENDLESS_SECONDS = 1e8  # what an infinite grace comes to there
 
 

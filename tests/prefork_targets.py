@@ -1,4 +1,4 @@
-"""What the worker processes of the prefork tests run; imported by them, not by the arbiter."""
+"""What the worker processes of the prefork tests run, not imported by the arbiter; cheap to import, as many start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from functools import partial
 import trio
 
 from stagetrio.prefork_worker import Worker
-from stagetrio.remote import Procedures, serve_remote
 
 
 async def answer_pid(worker: Worker, stream: trio.SocketStream) -> None:
@@ -103,31 +102,6 @@ async def asks_replacement(worker: Worker) -> None:
 
     async with trio.open_nursery() as nursery:
         await nursery.start(trio.serve_listeners, serve, worker.listeners)
-        worker.ready()
-        await worker.wait_drain()
-        nursery.cancel_scope.cancel()
-
-
-procedures = Procedures()
-journal = ""
-
-
-@procedures.procedure
-async def hold(name: str, seconds: float) -> int:
-    """Note in the journal that this call runs here, take some time, and say where it ran."""
-    with open(journal, "a") as file:  # noqa: ASYNC230 - one write, whole, by O_APPEND
-        file.write(f"{name} {os.getpid()}\n")
-    await trio.sleep(seconds)
-    return os.getpid()
-
-
-async def remote(worker: Worker, path: str) -> None:
-    """Serve `hold`, after some time for getting ready."""
-    global journal
-    journal = path
-    await trio.sleep(0.3)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(serve_remote, procedures, worker.listeners)
         worker.ready()
         await worker.wait_drain()
         nursery.cancel_scope.cancel()

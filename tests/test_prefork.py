@@ -237,7 +237,7 @@ async def test_a_reload_passes_over_slots_that_have_gone() -> None:
 
 async def test_a_worker_too_old_is_replaced() -> None:
     """By one that is ready before it drains; nothing counts as a crash."""
-    async with arbiter_of("pids", 1, max_age=1.0) as arbiter:
+    async with arbiter_of("pids", 1, max_age=0.5) as arbiter:
         await arbiter.wait_ready()
         first = await ask(arbiter)
         await until(lambda: first not in serving(arbiter).values())

@@ -15,6 +15,7 @@ import sys
 from math import inf
 from pathlib import Path
 
+import prefork_procedures
 import prefork_targets
 import pytest
 import trio
@@ -49,7 +50,7 @@ async def test_callers_of_a_killed_worker_are_told_and_nobody_else_notices(tmp_p
     refused: list[OSError] = []
     with trio.fail_after(60):
         async with open_arbiter(
-            f"{TARGET}:remote",
+            f"{prefork_procedures.__file__}:remote",
             ["tcp://127.0.0.1:0"],
             processes=2,
             arguments=[str(journal)],
@@ -62,7 +63,7 @@ async def test_callers_of_a_killed_worker_are_told_and_nobody_else_notices(tmp_p
 
             async def call(name: str, remote: Remote) -> None:
                 try:
-                    outcomes[name] = await remote.call(prefork_targets.hold, name, 1.5)
+                    outcomes[name] = await remote.call(prefork_procedures.hold, name, 1.5)
                 except WorkerLost as lost:
                     outcomes[name] = lost
 
