@@ -224,22 +224,32 @@ async def _obey(arbiter: Arbiter, signals: AsyncIterator[int], nursery: trio.Nur
 
     with trio.CancelScope() as ended:
         async for number in signals:
-            if number == signal.SIGHUP:
-                notify(RELOADING=1)
-                nursery.start_soon(_reload, arbiter)
-            elif number in (signal.SIGTTIN, signal.SIGTTOU):
-                arbiter.scale(max(1, arbiter.processes + (1 if number == signal.SIGTTIN else -1)))
-                logger.info("%s: %s from now on", signal.Signals(number).name, _workers(arbiter))
-            elif number == signal.SIGQUIT or stopping:
+            if number == signal.SIGQUIT or (stopping and number in (signal.SIGTERM, signal.SIGINT)):
                 status = 128 + number
                 arbiter.kill()
                 return status
+            if stopping:
+                logger.info("%s: comes too late", signal.Signals(number).name)
+            elif number == signal.SIGHUP:
+                notify(RELOADING=1)
+                nursery.start_soon(_reload, arbiter)
+            elif number in (signal.SIGTTIN, signal.SIGTTOU):
+                _scale(arbiter, signal.Signals(number))
             else:
                 stopping = True
                 logger.info("%s: draining %s", signal.Signals(number).name, _workers(arbiter))
                 notify(STOPPING=1)
                 nursery.start_soon(stop)
     return status
+
+
+def _scale(arbiter: Arbiter, number: signal.Signals) -> None:
+    try:
+        arbiter.scale(max(1, arbiter.processes + (1 if number == signal.SIGTTIN else -1)))
+    except OSError as error:
+        logger.error("%s: no worker more: %s", number.name, error)
+    else:
+        logger.info("%s: %s from now on", number.name, _workers(arbiter))
 
 
 async def _reload(arbiter: Arbiter) -> None:

@@ -110,8 +110,9 @@ class WorkerProcess:
 
         Checkpoints: throughout; in every case the process is gone in the end, and its descriptors are closed.
         """
-        ours, theirs = socket.socketpair()
+        ours: socket.socket | None = None
         try:
+            ours, theirs = socket.socketpair()
             with theirs:
                 theirs_fd = theirs.fileno()
                 process = await trio.lowlevel.open_process(
@@ -134,7 +135,8 @@ class WorkerProcess:
             self.status = os.EX_OSERR
             logger.error("%s cannot be started: %s", self, error)
         finally:
-            ours.close()
+            if ours is not None:
+                ours.close()
             self.lost = True
             self.gone.set()
             self._on_change()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -162,6 +163,37 @@ async def test_sigttin_and_sigttou_change_the_number_of_workers() -> None:
             await arbiter.says("SIGTTOU: 1 worker", times)
         await until(lambda: len(arbiter.workers()) == 1)
         assert await arbiter.ask() in arbiter.workers()
+
+
+async def test_signals_that_come_while_it_drains_start_nothing() -> None:
+    """Neither one worker more nor one less, which would be a first one again: what it does is to end."""
+    async with operated("pids", 1) as arbiter:
+        async with await connect(arbiter.address) as stream:
+            await stream.send_all(b"?")
+            await stream.receive_some()
+            arbiter.signal(signal.SIGTERM)
+            await arbiter.says("draining")
+            for number in (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
+                arbiter.signal(number)
+            await arbiter.says("SIGTTOU: comes too late")
+        assert await arbiter.process.wait() == 0
+        assert arbiter.log.count(b"is ready") == 1
+
+
+async def test_an_arbiter_that_may_open_nothing_more_serves_on() -> None:
+    """It has a worker less for as long, and starts one when it can; nor does a signal to have more end it."""
+    async with operated("pids", 2) as arbiter:
+        limits = resource.prlimit(arbiter.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(arbiter.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        arbiter.signal(signal.SIGTTIN)
+        await arbiter.says("SIGTTIN: no worker more")
+        os.kill(await arbiter.ask(), signal.SIGKILL)
+        await arbiter.says("cannot be started")
+        await arbiter.ask()
+        resource.prlimit(arbiter.process.pid, resource.RLIMIT_NOFILE, limits)
+        await until(lambda: len(arbiter.workers()) == 2)
+        arbiter.signal(signal.SIGTTIN)
+        await until(lambda: len(arbiter.workers()) == 3)
 
 
 async def test_a_worker_ends_when_its_arbiter_was_killed() -> None:
