@@ -377,7 +377,8 @@ class Stage(Generic[T]):
                     pass
                 except Exception as error:
                     worker.spent = clock() - worker.begun
-                    self._book(worker, worker.served() - 1)
+                    if not worker.occupied:  # else the rest of its run is another one's by now
+                        self._book(worker, worker.served() - 1)
                     self._settle(worker)
                     self._fail(worker.item, error)
                 else:

@@ -477,3 +477,34 @@ async def test_past_its_budget_a_handler_gets_cancelled_and_the_item_an_error() 
     assert [(item, type(error)) for item, error in errors] == [("spin", BudgetExceeded)]
     assert "spin_forever" in str(errors[0][1])
     assert (stage.statistics().handled, stage.statistics().overdue) == (1, 1)
+
+
+async def test_a_handler_that_fails_after_it_was_forced_books_itself_alone() -> None:
+    """What was taken with it, and parked behind it meanwhile, is settled once, when it has been served."""
+    items = [*range(2000), "late", "a", "b", "c"]  # so many that they are known to be cheap, and come in runs
+    served: list[Any] = []
+    errors: list[Any] = []
+    begun = let_go = False
+
+    async def fail_late(item: Any) -> None:
+        nonlocal begun
+        if item == "late":
+            begun = True
+            while not let_go:
+                pass
+            raise ValueError(item)
+        served.append(item)
+
+    async with open_watchdog(quantum=0.002) as watchdog:
+        options = {"watchdog": watchdog, "on_error": lambda *args: errors.append(args)}
+        async with running(fail_late, **options) as (queue, stage):
+            for item in items:
+                queue.send_nowait("flow", item)
+            while not begun or stage.statistics().parked < 3:
+                await trio.lowlevel.checkpoint()
+            let_go = True
+    items.remove("late")
+    assert served == items
+    assert [item for item, _ in errors] == ["late"]
+    statistics = stage.statistics()
+    assert (statistics.handled, statistics.failed, statistics.queue.in_hand) == (len(items), 1, 0)
