@@ -171,6 +171,7 @@ async def open_client(
     Raises:
         ValueError, TypeError: An argument makes no sense; it is named.
         OSError: Nobody listens there.
+        trio.BrokenResourceError: They could not agree on how to speak TLS; its cause says why.
 
     Checkpoints: on entry. Leaving the block closes the connection.
     """
@@ -183,7 +184,18 @@ async def open_client(
         stream = address
     else:
         raise ValueError(f"ssl_context must be None for a stream, such as {address!r}: wrap it in a trio.SSLStream")
+    if isinstance(stream, trio.SSLStream):
+        await _shake_hands(stream)
     client = Client(stream, codec, LengthPrefixed(1 << 20) if framing is None else framing, max_pushed)
     async with open_backstage() as nursery:
         nursery.start_soon(client.run)
         yield client
+
+
+async def _shake_hands(stream: trio.SSLStream[Any]) -> None:
+    """Have the handshake before two tasks want it: if it fails, Trio tells the one that made it and not the other."""
+    try:
+        await stream.do_handshake()
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise

@@ -87,9 +87,10 @@ async def test_a_client_speaks_tls() -> None:
         where = f"tcp://localhost:{listener.socket.getsockname()[1]}"
         async with open_client(where, CODEC, framing=FRAMING, ssl_context=trusting) as client:
             assert await client.ask(Say("hello")) == Say("HELLO")
-        async with open_client(where, CODEC, framing=FRAMING, ssl_context=ssl.create_default_context()) as client:
-            with pytest.raises(trio.BrokenResourceError):
-                await client.ask(Say("hello"))
+        with pytest.raises(trio.BrokenResourceError) as broken:
+            async with open_client(where, CODEC, framing=FRAMING, ssl_context=ssl.create_default_context()):
+                raise AssertionError("entered")
+        assert isinstance(broken.value.__cause__, ssl.SSLCertVerificationError)
         nursery.cancel_scope.cancel()
 
 
