@@ -74,7 +74,9 @@ async def test_wrong_arguments_are_named(options: dict[str, Any], error: type[Ex
 
 
 @pytest.mark.parametrize(
-    "handler", [Echo(), partial(echo), wrapped, lambda *both: echo(*both)], ids=["object", "partial", "wrapped", "lambda"]
+    "handler",
+    [Echo(), partial(echo), wrapped, lambda *both: echo(*both)],
+    ids=["object", "partial", "wrapped", "lambda"],
 )
 async def test_what_is_called_like_an_async_function_is_a_handler(handler: Callable[..., Any]) -> None:
     """It answers."""
