@@ -105,7 +105,7 @@ def _numeric(version: int, text: bytes) -> str:
 
 
 def _port(text: bytes) -> int:
-    if not (text.isdigit() and len(text) <= 5 and str(int(text)).encode() == text and int(text) < 65536):
+    if not (text.isdigit() and str(int(text)).encode() == text and int(text) < 65536):
         raise ProtocolError("a PROXY line with a wrong port")
     return int(text)
 

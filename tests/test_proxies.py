@@ -13,7 +13,7 @@ import trustme
 from fuzzed import TRIED
 from served import CODEC, FRAMING, Raw, Running, Say, echo, serving, shout
 from test_proxy_header import SIGNATURE, version_1, version_2
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from stagetrio.admission import Admission, Refusal
 from stagetrio.codec import Closed
@@ -261,3 +261,41 @@ async def test_no_bytes_in_front_of_a_connection_can_hurt_a_server() -> None:
         assert statistics.proxied is not None
         assert len(statistics.proxied.failed) >= 4
         await good.stream.aclose()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+async def test_what_comes_before_the_server_reads_is_kept(kind: str, tmp_path: Any) -> None:
+    """A hook may take its time with who has been introduced."""
+    let_in = trio.Event()
+
+    async def wait(peer: Peer[bytes]) -> None:
+        await let_in.wait()
+
+    address = f"unix://{tmp_path}/s" if kind == "unix" else "tcp://127.0.0.1:0"
+    proxies = Proxies([*LOCAL, "unix"])
+    async with serving("tcp", whoami, address=address, proxies=proxies, on_connect=wait) as running:
+        client = await running.connect()
+        await client.stream.send_all(HEADER + FRAMING.encode(b"with it")[:3])
+        await lost(running)
+        while not running.server.peers:
+            await trio.lowlevel.checkpoint()
+        await client.stream.send_all(FRAMING.encode(b"with it")[3:] + FRAMING.encode(b"behind"))
+        await client.stream.send_eof()
+        await wait_all_tasks_blocked()
+        let_in.set()
+        assert await client.receive() == b"tcp://192.0.2.7:4711 with it"
+        assert await client.receive() == b"tcp://192.0.2.7:4711 behind"
+        assert await client.receive() is None
+
+
+async def test_the_deadline_is_for_headers_only(autojump_clock: MockClock) -> None:
+    """Who was introduced in time stays."""
+    async with serving("tcp", whoami, proxies=Proxies(LOCAL, header_within=5)) as running:
+        client = await running.connect()
+        await client.stream.send_all(HEADER)
+        await client.send(b"early")
+        assert await client.receive() == b"tcp://192.0.2.7:4711 early"
+        await trio.sleep(20)
+        await client.send(b"late")
+        assert await client.receive() == b"tcp://192.0.2.7:4711 late"
+        assert running.server.statistics().proxied == ProxyStatistics(waiting=0, introduced=1, failed={})

@@ -50,6 +50,7 @@ def test_both_versions_tell_the_source(source: IPv4Address | IPv6Address, port: 
         b"PROXY UNKNOWN ffff::ffff ffff::ffff 65535 65535\r\n",
         version_2(0x20, 0x00, b""),
         version_2(0x20, 0x11, b"whatever"),
+        version_2(0x20, 0x99, b""),  # of which nothing is to be looked at
         version_2(0x21, 0x00, b"whatever"),
     ],
 )
@@ -62,6 +63,13 @@ def test_a_unix_peer_of_the_proxy_is_told_by_its_path() -> None:
     """The path ends at the first zero byte."""
     header = version_2(0x21, 0x31, b"/run/a.sock".ljust(108, b"\0") + bytes(108))
     assert parse_header(header) == ProxyHeader(UnixAddress("/run/a.sock"), len(header))
+
+
+def test_a_header_may_be_as_long_as_the_bound() -> None:
+    """What proxies add to the addresses is skipped."""
+    values = struct.pack("!BH", 0x04, MAX_BYTES - 16 - 12 - 3).ljust(MAX_BYTES - 16 - 12, b"x")
+    header = version_2(0x21, 0x11, addresses(IPv4Address("192.0.2.1"), 1) + values)
+    assert parse_header(header + b"rest") == ProxyHeader(TcpAddress("192.0.2.1", 1), MAX_BYTES)
 
 
 GOOD = [
@@ -94,6 +102,7 @@ def test_a_header_is_complete_with_its_last_byte(header: bytes) -> None:
         (b"PROXY TCP6 fe80::1%eth0 ::1 1 2\r\n", "a PROXY line with a wrong address"),
         (b"PROXY TCP4 \xff 192.0.2.1 1 2\r\n", "a PROXY line with a wrong address"),
         (b"PROXY TCP4 192.0.2.1 192.0.2.1 65536 2\r\n", "a PROXY line with a wrong port"),
+        (b"PROXY TCP4 192.0.2.1 192.0.2.1 " + b"9" * 60 + b" 2\r\n", "a PROXY line with a wrong port"),
         (b"PROXY TCP4 192.0.2.1 192.0.2.1 01 2\r\n", "a PROXY line with a wrong port"),
         (b"PROXY TCP4 192.0.2.1 192.0.2.1 1 -2\r\n", "a PROXY line with a wrong port"),
         (b"PROXY TCP4 192.0.2.1 192.0.2.1 1 " + b"2" * 5000 + b"\r\n", "a PROXY line without an end"),
@@ -103,6 +112,7 @@ def test_a_header_is_complete_with_its_last_byte(header: bytes) -> None:
         (version_2(0x21, 0x12, bytes(12)), "a PROXY header of an unknown family or protocol"),
         (version_2(0x21, 0x41, bytes(12)), "a PROXY header of an unknown family or protocol"),
         (version_2(0x21, 0x11, bytes(11)), "a PROXY header too short for its addresses"),
+        (version_2(0x21, 0x31, bytes(215)), "a PROXY header too short for its addresses"),
         (version_2(0x21, 0x21, bytes(12)), "a PROXY header too short for its addresses"),
         (version_2(0x21, 0x11, bytes(12) + b"\x04\0\x04abc"), "a PROXY header whose values do not fit into it"),
         (version_2(0x21, 0x11, bytes(13)), "a PROXY header whose values do not fit into it"),
