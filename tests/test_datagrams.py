@@ -29,7 +29,7 @@ from stagetrio.datagrams import DatagramServer, serve_datagrams
 from stagetrio.inflow import InputRates
 from stagetrio.limiter import Overloaded, Rate
 from stagetrio.sockets import open_datagram_sockets
-from stagetrio.sources import TOKEN_PERIOD, Source, Sources
+from stagetrio.sources import EXPIRE_AT_MOST, TOKEN_PERIOD, Source, Sources
 from stagetrio.watchdog import open_watchdog
 
 FUZZ = int(os.environ.get("STAGETRIO_FUZZ", "1000"))
@@ -283,6 +283,20 @@ def test_a_token_is_good_on_its_link_only() -> None:
         assert one.verify(one.token())
 
     trio.run(main)
+
+
+def test_a_flood_that_falls_silent_is_forgotten_by_and_by() -> None:
+    """Whoever comes next does not wait until all of it is, and every newcomer takes more away than itself."""
+    forgotten: list[Any] = []
+    sources = Sources(Recording(), 1.0, max_sources=10_000, idle_within=10.0, on_forget=forgotten.append)
+    with socket.socket(type=socket.SOCK_DGRAM) as sock:
+        for port in range(3 * EXPIRE_AT_MOST):
+            sources.add(sock, ("192.0.2.1", port), 0.0)
+        for rounds in range(1, 4):
+            sources.expire(11.0)
+            assert len(forgotten) == rounds * EXPIRE_AT_MOST
+        sources.expire(11.0)
+        assert len(sources) == 0
 
 
 async def test_a_server_that_cannot_begin_gives_its_sockets_back() -> None:
