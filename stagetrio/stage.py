@@ -317,7 +317,7 @@ class Stage(Generic[T]):
             if self._leader is not worker:
                 return
             self.serving = False
-            if worker.has_changed():
+            if worker.stale:
                 self._after_slice()
                 return
             if not drained:  # else waiting for the queue lets the others run
@@ -333,7 +333,7 @@ class Stage(Generic[T]):
                 return
             self.serving = False
             self._after_slice()
-            if self._ended or worker.has_changed():
+            if self._ended or worker.stale:
                 return
             if drained:
                 await source.wait()
@@ -381,6 +381,7 @@ class Stage(Generic[T]):
                         self._book(worker, worker.served() - 1)
                     self._settle(worker)
                     self._fail(worker.item, error)
+                    worker.stale = worker.has_changed()
                 else:
                     run = worker.run
                     if not worker.occupied:
@@ -391,7 +392,7 @@ class Stage(Generic[T]):
                 if worker.occupied:  # it was made to wait
                     await self._serve_parked(worker)
                     return False
-                if worker.begun > end or worker.has_changed():
+                if worker.begun > end or worker.stale:
                     self._put_back()
                     return False
             if self._cost is not None:
@@ -438,6 +439,7 @@ class Stage(Generic[T]):
                 if cost is not None:
                     worker.cost += cost(item)
                 if now > end or copy_context() != context:
+                    worker.stale = worker.has_changed()
                     self._book(worker, worker.served())
                     return
             self._book(worker, worker.served())

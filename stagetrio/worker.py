@@ -38,6 +38,7 @@ class Worker(Generic[T]):
         "scope",
         "since",
         "spent",
+        "stale",
         "taken",
         "task",
     )
@@ -46,6 +47,7 @@ class Worker(Generic[T]):
         self.task = task
         self.lane = lane
         self.context = copy_context()  # what the next handler is to find
+        self.stale = False  # it would not find that
         self.scope = trio.CancelScope()
         self.on_lane = False  # a handler, or a run of them, has begun on the lane and not ended
         self.occupied = False
