@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 import attrs
+import nbformat
+from nbclient import NotebookClient
 
 import stagetrio
 
@@ -67,6 +71,16 @@ def _attrs_defaults(app, what, name, obj, options, signature, returns):  # the s
     return signature, returns
 
 
+def _draw_figures(app):
+    """Have the notebook on fairness draw the pictures of its page, where they have not been drawn yet."""
+    figures, root = Path(app.srcdir, "figures"), Path(app.srcdir).parent
+    if not figures.is_dir():
+        os.environ["STAGETRIO_FIGURES"] = str(figures)
+        notebook = nbformat.read(root / "notebooks" / "02_fairness.ipynb", as_version=4)
+        NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(root)}}).execute()
+
+
 def setup(app):
+    app.connect("builder-inited", _draw_figures)
     app.connect("autodoc-process-signature", _attrs_defaults)
     app.connect("autodoc-process-docstring", _sections_to_fields, priority=900)  # after napoleon

@@ -12,6 +12,7 @@ for a hand-over without a place in between has no order to decide.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Hashable
 from types import TracebackType
 from typing import Any, Generic, Self, final
@@ -90,8 +91,9 @@ class _End(Generic[T]):
         if self._closed:
             raise trio.ClosedResourceError("this end of the channel is closed")
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Close this end."""
 
     async def aclose(self) -> None:
         """Do what `close` does.
