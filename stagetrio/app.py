@@ -139,6 +139,8 @@ class App:
             raise TypeError(f"flow must be a function of a peer, not {flow!r}")
         if limits is not None and not isinstance(limits, PeerLimits):
             raise TypeError(f"limits must be a PeerLimits, not {limits!r}")
+        if limits is not None and limits.ping_after != inf:
+            raise ValueError(f"limits.ping_after must be inf, as an App sends no pings, not {limits.ping_after!r}")
         if check_above_zero("budget", budget) != inf and check_above_zero("quantum", quantum) == inf:
             raise ValueError(f"budget is kept only with a finite quantum: budget={budget!r}, quantum={quantum!r}")
         self.name = name

@@ -77,7 +77,8 @@ class DatagramStatistics:
         received: Datagrams received.
         sent: Datagrams sent.
         unsent: Datagrams which the kernel did not take.
-        withheld: Datagrams not sent, because they were more than an unverified source had sent.
+        withheld: Datagrams not sent, because they were longer than ``max_bytes``, or more than an unverified source
+            had sent.
         dropped: ``{why: datagrams}`` that were not handled; see `stagetrio.datagrams`.
         dropped_by_kernel: Datagrams that found the receive buffers full; 0 where that cannot be told.
         receive_errors: Times receiving failed.
@@ -134,14 +135,14 @@ class DatagramServer(Generic[M]):
         on_error: Callable[[Source[M], Exception], None] | None,
         on_refused: Callable[[Source[M], Overloaded], bytes | None] | None,
     ) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._refuse = refuse
         self._flow = flow
         self._sources = Sources(self, amplification, max_sources, idle_within, self._forgotten)
         self._admission = Admission() if admission is None else admission
         self._inflow = None if input_rates is None else Inflow(input_rates, _nobody_waits)
         self._exchange: Exchange[Any] = Exchange(
-            cast(Any, handler), self._datagram, codec, cast(Any, on_error), cast(Any, on_refused)
+            cast(Any, handler), _whole, codec, cast(Any, on_error), cast(Any, on_refused)
         )
         self._queue: FairQueue[Any, Any] = FairQueue(max_items, max_items_per_flow=max_items_per_source, weight=weight)
         self._stage: Stage[Any] = Stage(
@@ -228,7 +229,7 @@ class DatagramServer(Generic[M]):
             self._sockets.clear()
 
     async def _receive(self, sock: trio.socket.SocketType, double: socket.socket) -> None:
-        longest = self._max_bytes + 1
+        longest = self.max_bytes + 1
         while True:
             await trio.lowlevel.wait_readable(sock)
             for _ in range(BATCH):
@@ -246,7 +247,7 @@ class DatagramServer(Generic[M]):
 
     def _take(self, sock: socket.socket, data: bytes, name: tuple[Any, ...]) -> str | None:
         """Queue a datagram, or say why it is dropped."""
-        if len(data) > self._max_bytes:
+        if len(data) > self.max_bytes:
             return "too long"
         now = trio.current_time()
         source: Source[M] | None = self._sources.get(sock, name, now)
@@ -294,15 +295,13 @@ class DatagramServer(Generic[M]):
         if self._inflow is not None:
             self._inflow.forget(source)
 
-    def _datagram(self, payload: bytes) -> bytes:
-        if len(payload) > self._max_bytes:
-            raise ValueError(f"message of {len(payload)} bytes exceeds max_bytes={self._max_bytes}")
-        return payload
-
     # What a source needs of its host.
 
     def frame_of(self, message: M) -> bytes:
-        return self._exchange.frame_of(message)
+        frame = self._exchange.frame_of(message)
+        if len(frame) > self.max_bytes:
+            raise ValueError(f"message of {len(frame)} bytes exceeds max_bytes={self.max_bytes}")
+        return frame
 
     def transmit(self, source: Source[Any], data: bytes) -> None:
         self._send(source.sock, data, source.name)
@@ -317,6 +316,11 @@ class DatagramServer(Generic[M]):
 
     def mistaken(self, source: Source[Any], reason: CloseReason) -> None:
         self._mistakes += reason is CloseReason.PROTOCOL
+
+
+def _whole(payload: bytes) -> bytes:
+    """A datagram is a frame."""
+    return payload
 
 
 def _nobody_waits(sender: object) -> None:
@@ -372,7 +376,8 @@ async def serve_datagrams(
             sets `Source.flow`.
         weight: The share of a flow relative to others; by default 1.
         cost: What a message costs, judged by its payload; by default the seconds its handler held the loop.
-        max_bytes: The longest datagram, in both directions, 1 to 65,507. 1,200 pass nearly everywhere in one piece.
+        max_bytes: The longest datagram, in both directions, 1 to 65,507; an answer that is longer is withheld. 1,200
+            pass nearly everywhere in one piece.
         amplification: Bytes an unverified source may be sent for each that came in its name; ``math.inf`` turns the
             guard off, which is for networks where no address can be forged.
         max_sources: Sources remembered at once.
@@ -403,6 +408,8 @@ async def serve_datagrams(
     """
     if not sockets:
         raise ValueError("sockets must be one or more, not none")
+    if not (isinstance(sockets, Sequence) and all(isinstance(sock, trio.socket.SocketType) for sock in sockets)):
+        raise TypeError(f"sockets must be a sequence of sockets, as of open_datagram_sockets, not {sockets!r}")
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
         raise TypeError(f"max_bytes must be an int, not {max_bytes!r}")
     if not 1 <= max_bytes <= LONGEST:

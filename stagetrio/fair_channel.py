@@ -56,7 +56,12 @@ def open_fair_channel(
     Args:
         queue: What lies between the ends, with its bounds, weights and whatever else it does.
         flow: The flow of the sending end; None: one that nobody else has, as each clone's.
+
+    Raises:
+        TypeError: It is no queue.
     """
+    if not isinstance(queue, FairQueue):
+        raise TypeError(f"queue must be a FairQueue, such as FairQueue(100), not {queue!r}")
     ends = _Ends(queue)
     return FairSendChannel(ends, flow), FairReceiveChannel(ends)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from stagetrio.remote_wire import RemoteError, WorkerLost
 
 _ROOT = str(Path(__file__).absolute().parent.parent)
 T = TypeVar("T")
+MAX_WORDS = 500  # characters of an error that are told
 DYING_SECONDS = 1.0  # given to a process that has closed its socket to be gone, before it is killed
 OnProgress = Callable[[bytes], Awaitable[object]]
 
@@ -177,7 +179,10 @@ async def start_worker(
 
 
 def _could_not(why: str) -> WorkerLost:
-    lost = WorkerLost(f"the worker process could not get ready: {why.strip().splitlines()[-1]}", may_have_run=False)
+    # What was raised begins in the last line with a name and a colon at its start; what it says may go on for many.
+    named = [match.start() for match in re.finditer(r"^[\w.]+(:|$)", why, re.MULTILINE)]
+    words = " ".join(why[named[-1] if named else 0 :].split())
+    lost = WorkerLost(f"the worker process could not get ready: {words[:MAX_WORDS]}", may_have_run=False)
     lost.add_note(f"In the worker process:\n{why}")
     return lost
 

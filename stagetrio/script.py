@@ -253,6 +253,10 @@ def not_serving(error: BaseException, path: Path, procedures_at: Sequence[str] =
     raise error
 
 
+# The last is a terminal's that has gone; Windows has none.
+_ENDING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+
+
 async def serve(app: App, path: Path, addresses: Sequence[str], procedures_at: Sequence[str], grace: float) -> int:
     """Serve an app until SIGINT or SIGTERM has drained it, or a second one has ended it; return the exit status.
 
@@ -271,7 +275,7 @@ async def serve(app: App, path: Path, addresses: Sequence[str], procedures_at: S
     status, serving, draining = 0, False, False
     failure: Exception | None = None
     # Signals are received, not raised: a KeyboardInterrupt would end the loop in the middle of a handler.
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(*_ENDING) as signals:
         async with trio.open_nursery() as nursery:
 
             async def serve_app(*, task_status: trio.TaskStatus[list[Address]]) -> None:

@@ -144,6 +144,8 @@ class StageServer(Generic[M]):
             raise ValueError(f"tick must be finite, not {tick!r}")
         if limits.ping_after != inf and ping is None:
             raise ValueError(f"ping must say what is sent where limits.ping_after is {limits.ping_after!r}, not None")
+        if limits.ping_after == inf and ping is not None:
+            raise ValueError(f"ping is never sent where limits.ping_after is inf: {ping!r}")
         self.limits = limits
         self._ping = ping
         self._handler = handler

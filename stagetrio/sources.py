@@ -54,7 +54,7 @@ class SourceStatistics:
         bytes_received: Bytes of these.
         sent: Datagrams to it.
         bytes_sent: Bytes of these.
-        withheld: Datagrams not sent to it, as it is unverified and they were more than it has sent.
+        withheld: Datagrams not sent to it, as they were longer than one may be, or more than it, unverified, has sent.
     """
 
     received: int
@@ -66,6 +66,8 @@ class SourceStatistics:
 
 class SourceHost(Protocol):
     """What a source needs of its server."""
+
+    max_bytes: int  # of a datagram
 
     def frame_of(self, message: Any) -> bytes:
         """Return the datagram with a message in it."""
@@ -177,12 +179,13 @@ class Source(Generic[M]):
         self._sources.host.mistaken(self, reason)
 
     def _put(self, frame: bytes) -> bool:
+        size = len(frame)
+        if size > self._sources.host.max_bytes or not (self.verified or size <= self._credit):
+            self._withheld += 1
+            self._sources.withheld += 1
+            return False
         if not self.verified:
-            if len(frame) > self._credit:
-                self._withheld += 1
-                self._sources.withheld += 1
-                return False
-            self._credit -= len(frame)
+            self._credit -= size
         self._sent += 1
         self._bytes_sent += len(frame)
         self._sources.host.transmit(self, frame)

@@ -17,6 +17,7 @@ Who gets a thread and when is decided in ``thread_dispatch.py``, what happens in
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable
 from contextlib import asynccontextmanager
@@ -82,6 +83,7 @@ class ThreadPool:
         Cost: about 0.8 × that of ``trio.to_thread.run_sync``.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
+        _check_sync(fn)
         dispatch = self._dispatch
         job = ThreadJob(fn, args, flow, key, cost, interrupt)
         dispatch.submit(job)
@@ -238,3 +240,8 @@ async def open_thread_pool(
             await dispatch.calls.drain()
         finally:
             dispatch.close()
+
+
+def _check_sync(fn: object) -> None:
+    if inspect.iscoroutinefunction(fn):
+        raise TypeError(f"fn must be a sync function, not {fn!r}: no thread has an event loop to run it in")

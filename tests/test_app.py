@@ -17,6 +17,7 @@ from stagetrio.codec import Done
 from stagetrio.limiter import Overloaded
 from stagetrio.peer import Peer
 from stagetrio.remote import open_remote
+from stagetrio.rules import PeerLimits
 
 
 @attrs.frozen
@@ -409,6 +410,7 @@ def test_a_lifespan_that_is_no_context_manager_is_told_how_to_become_one(kind: s
         ({"max_handling": 0}, ValueError, "max_handling must be > 0, not 0"),
         ({"flow": "address"}, TypeError, "flow must be a function of a peer, not 'address'"),
         ({"limits": 3}, TypeError, "limits must be a PeerLimits, not 3"),
+        ({"limits": PeerLimits(ping_after=1)}, ValueError, "limits.ping_after must be inf, as an App .*, not 1"),
         ({"quantum": 0}, ValueError, "quantum must be > 0, not 0"),
         ({"budget": "1"}, TypeError, "budget must be a number, not '1'"),
         ({"budget": 1.0}, ValueError, "budget is kept only with a finite quantum: budget=1.0, quantum=inf"),

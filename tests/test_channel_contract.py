@@ -298,3 +298,9 @@ async def test_the_flows_of_the_ends_can_be_named() -> None:
         other.send_nowait(100 + n)
     assert sum(item < 100 for item in await queue.receive_batch(12)) == 9
     assert len(queue.discard("b")) == 17
+
+
+def test_a_number_is_no_queue() -> None:
+    """What a memory channel is opened with is not what lies between these ends."""
+    with pytest.raises(TypeError, match=r"queue must be a FairQueue, such as FairQueue\(100\), not 100"):
+        open_fair_channel(100)  # type: ignore[arg-type]

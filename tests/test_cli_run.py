@@ -192,7 +192,7 @@ async def test_several_addresses_at_once(script: Path, tmp_path: Path) -> None:
         assert not path.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["Ctrl-C", "SIGTERM", "SIGHUP"])
 async def test_a_signal_drains(script: Path, number: signal.Signals) -> None:
     """Nobody else is accepted, the message in hand is answered, and the exit status is 0."""
     async with served(script, "--bind", "tcp://127.0.0.1:0", "--grace", "60") as server:

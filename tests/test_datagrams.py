@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import pytest
@@ -199,6 +199,8 @@ async def test_more_is_sent_where_the_owner_allows_it(amplification: float, sent
 
 class Recording:
     """A host that only notes how much is sent to whom."""
+
+    max_bytes = 1200
 
     def __init__(self) -> None:
         self.sent: Counter[Any] = Counter()
@@ -482,22 +484,25 @@ async def test_a_full_queue_costs_no_allowance() -> None:
 
 
 async def test_a_datagram_that_is_too_long_is_dropped_whole() -> None:
-    """Not cut, and nothing longer is sent either."""
-    errors: list[Exception] = []
+    """Not cut, and nothing longer is sent either: no stranger's datagram ends a server, or is its owner's error."""
+    errors: list[ValueError] = []
 
     async def handler(source: Source[bytes], message: bytes) -> bytes:
+        try:
+            source.send_nowait(bytes(101))
+        except ValueError as error:
+            errors.append(error)
         return message + b"!"
 
-    async with serving(
-        handler, max_bytes=100, amplification=2, on_error=lambda source, error: errors.append(error)
-    ) as running:
+    async with serving(handler, max_bytes=100, amplification=2) as running:
         with running.client() as client:
             await client.send(bytes(101))
             await client.send(bytes(100))
             await client.send(bytes(99))
             assert await client.recv(200) == bytes(99) + b"!"
-        assert running.server.statistics().dropped == {"too long": 1}
-    assert [str(error) for error in errors] == ["message of 101 bytes exceeds max_bytes=100"]
+        statistics = running.server.statistics()
+        assert (statistics.dropped, statistics.withheld, statistics.failed) == ({"too long": 1}, 1, 0)
+    assert [str(error) for error in errors] == ["message of 101 bytes exceeds max_bytes=100"] * 2
 
 
 async def test_what_the_kernel_does_not_take_or_keep_is_counted() -> None:
@@ -672,6 +677,8 @@ async def test_wrong_arguments_are_named(options: dict[str, Any], error: type[Ex
         await serve_datagrams(echo, [sock], **options)
     with pytest.raises(ValueError, match="sockets must be one or more, not none"):
         await serve_datagrams(echo, [])
+    with pytest.raises(TypeError, match=r"sockets must be a sequence of sockets, .* not 'udp://127.0.0.1:0'"):
+        await serve_datagrams(echo, cast(Any, "udp://127.0.0.1:0"))
 
 
 def datagram(rng: random.Random, codec: Codec[Any]) -> bytes:

@@ -358,7 +358,7 @@ def test_a_main_module_that_cannot_be_imported_without_doing_its_work(tmp_path: 
     assert ran.returncode == 1
     assert ran.stdout.split() == ["begun", "begun"]
     assert "if __name__ == '__main__':" in ran.stderr
-    assert "WorkerLost: the worker process could not get ready" in ran.stderr
+    assert "WorkerLost: the worker process could not get ready: RuntimeError: " in ran.stderr
 
 
 @pytest.mark.parametrize(

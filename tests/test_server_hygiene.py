@@ -84,7 +84,9 @@ async def test_a_silent_peer_is_pinged_and_closed_if_nothing_comes_back(kind: st
 
 
 async def test_who_pings_says_with_what() -> None:
-    """A time after which to ping without a word to say is a mistake of the owner's."""
+    """A time after which to ping without a word to say, or the reverse, is a mistake of the owner's."""
+    with pytest.raises(ValueError, match=r"ping is never sent where limits\.ping_after is inf"):
+        await serve_stage(echo, [], ping=lambda peer: b"?")
     with pytest.raises(ValueError, match="ping must say"):
         await serve_stage(echo, [], limits=PeerLimits(ping_after=1))
 

@@ -580,3 +580,10 @@ async def test_a_call_that_could_not_be_filed_is_refused(
         statistics = pool.statistics()
     assert not ran
     assert (statistics.waiting, statistics.in_hand, statistics.ended) == (0, 0, 1)
+
+
+async def test_an_async_function_is_no_job() -> None:
+    """It is refused by its name, and not answered by a coroutine that nobody awaits."""
+    async with open_thread_pool(1) as pool:
+        with pytest.raises(TypeError, match="fn must be a sync function, not <function sleep"):
+            await pool.call(trio.sleep, 1)
