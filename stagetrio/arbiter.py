@@ -8,9 +8,8 @@ looks at the state as it is. So two causes at once are one replacement, and none
 
 A worker that ends unasked is replaced at once, if it has been ready for `STABLE_SECONDS` (no longer: workers that are
 killed from outside again and again must come back as fast). One that ends sooner makes its slot wait, from the second
-in a row on, twice as long each time, up to `MAX_BACKOFF` seconds, give or take a quarter, so that slots which fail for
-one reason do not retry together. The very first worker is started alone, and the others when it is
-ready: if it exits by itself before that, what it was to serve is broken, which is said once, and ends the arbiter's
+in a row on, twice as long each time (`stagetrio.backoff`), give or take a quarter, so that slots which fail for one
+reason do not retry together. The very first worker is started alone, and the others when it is ready: if it exits by itself before that, what it was to serve is broken, which is said once, and ends the arbiter's
 task: `CannotStart`.
 
 New connections go to the slots whose worker is ready (`Arbiter._steer`), from the moment at which a worker's end of the
@@ -31,6 +30,7 @@ from typing import Any
 import attrs
 import trio
 
+from stagetrio.backoff import backoff
 from stagetrio.calls import Wakeup
 from stagetrio.prefork_sockets import WorkerSockets
 from stagetrio.sockets import Address
@@ -39,8 +39,6 @@ from stagetrio.worker_process import Timing, WorkerProcess
 logger = logging.getLogger("stagetrio.prefork")
 
 STABLE_SECONDS = 1.0
-MAX_BACKOFF = 30.0
-FIRST_BACKOFF = 0.25
 SETTLE_SECONDS = 0.5  # for connections on their way to a slot that gets no more
 CHECK_SECONDS = 5.0  # between two looks at the workers' age and memory
 
@@ -342,7 +340,7 @@ class Arbiter:
     async def _back_off(self, slot: _Slot) -> None:
         if slot.failures <= 1 and self._any_ready:
             return  # once is no pattern
-        seconds = min(MAX_BACKOFF, FIRST_BACKOFF * 2 ** (slot.failures - 1)) * self._random.uniform(0.75, 1.25)
+        seconds = backoff(slot.failures) * self._random.uniform(0.75, 1.25)
         logger.warning(
             "worker %d has failed %d times in a row: next try in %.2g s", slot.number, slot.failures, seconds
         )

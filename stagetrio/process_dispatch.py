@@ -23,14 +23,13 @@ import attrs
 import trio
 
 from stagetrio.backlog import Backlog
+from stagetrio.backoff import backoff
 from stagetrio.calls import Call, OpenCalls, Wakeup
 from stagetrio.fair_queue import FairQueue, FairQueueStatistics
 from stagetrio.process_link import OnProgress, ProcessLink, start_worker
 from stagetrio.process_worker import RETIRE
 from stagetrio.remote_wire import WorkerLost
 
-FIRST_BACKOFF = 0.25
-MAX_BACKOFF = 30.0
 TRIES = 3  # starts that may fail in a row before those who wait are told
 FAREWELL_SECONDS = 5.0  # given to a retired worker to end
 
@@ -266,7 +265,7 @@ class ProcessDispatch:
 
     async def _back_off(self) -> None:
         if self._failures:
-            await trio.sleep(min(MAX_BACKOFF, FIRST_BACKOFF * 2 ** (self._failures - 1)))
+            await trio.sleep(backoff(self._failures))
 
     def _failed_start(self, error: WorkerLost) -> None:
         self._failed_starts += 1

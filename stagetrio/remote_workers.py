@@ -25,6 +25,7 @@ from typing import Any
 import attrs
 import trio
 
+from stagetrio.backoff import backoff
 from stagetrio.backstage import open_backstage
 from stagetrio.procedures import Procedures
 from stagetrio.process_link import DYING_SECONDS, ProcessLink, ending, start_worker
@@ -34,8 +35,6 @@ from stagetrio.remote_hello import introduce
 from stagetrio.remote_link import KnownProcedures, Remote, RemoteStatistics
 from stagetrio.remote_wire import WorkerLost, check_bounds
 
-FIRST_BACKOFF = 0.25
-MAX_BACKOFF = 30.0
 TRIES = 3  # lives of no use in a row after which those who wait are told
 
 _logger = logging.getLogger("stagetrio.remote")
@@ -172,7 +171,7 @@ class Workers:
             if failures >= TRIES or not self._opened:
                 self._failure = failure
                 self._changed.unpark_all()
-            await trio.sleep(min(MAX_BACKOFF, FIRST_BACKOFF * 2 ** min(failures - 1, 20)))
+            await trio.sleep(backoff(failures))
 
     async def _one_life(self) -> WorkerLost | None:
         """Start a worker and have it called until its end; why it was of no use, if it was of none."""

@@ -50,6 +50,7 @@ FLOORS: dict[str, int | str] = {
     "prefork_worker": 0,
     "steering": 0,
     "service": 0,
+    "backoff": 0,
     "addresses": 0,
     "snapshot": 1,
     "pacer": 1,
