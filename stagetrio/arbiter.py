@@ -9,8 +9,8 @@ looks at the state as it is. So two causes at once are one replacement, and none
 A worker that ends unasked is replaced at once, if it has been ready for `STABLE_SECONDS` (no longer: workers that are
 killed from outside again and again must come back as fast). One that ends sooner makes its slot wait, from the second
 in a row on, twice as long each time (`stagetrio.backoff`), give or take a quarter, so that slots which fail for one
-reason do not retry together. The very first worker is started alone, and the others when it is ready: if it exits by itself before that, what it was to serve is broken, which is said once, and ends the arbiter's
-task: `CannotStart`.
+reason do not retry together. The very first worker is started alone, and the others when it is ready: if it exits by
+itself before that, what it was to serve is broken, which is said once, and ends the arbiter's task: `CannotStart`.
 
 New connections go to the slots whose worker is ready (`Arbiter._steer`), from the moment at which a worker's end of the
 channel is found closed, which is before its process is gone. A slot that is given up is passed over for
