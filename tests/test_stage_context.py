@@ -60,7 +60,7 @@ async def seen_by_others(ends: Ends, *, flows: int, watched: bool = False) -> tu
 @pytest.mark.parametrize("ends", [at_once, after_a_wait, with_an_error])
 async def test_what_a_handler_sets_is_not_seen_by_the_next(ends: Ends, watched: bool) -> None:
     """Whatever way it ends, the next one finds what the stage was run with."""
-    seen, stage = await seen_by_others(ends, flows=60, watched=watched)
+    seen, stage = await seen_by_others(ends, flows=200, watched=watched)  # none is parked behind another
     assert seen == ["whoever runs the stage"] * 200
     assert stage.statistics().handled + stage.statistics().failed == 200
     assert stage.statistics().workers == 0
